@@ -1,0 +1,1 @@
+from mergekit_nuslerp.kernel import nuslerp
