@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerFast
 
 # Enough text for a tokenizer that knows whole words of its subject.
 _SENTENCES = (
@@ -101,6 +102,7 @@ def write_checkpoints(
     )
     with torch.device("meta"):  # the names and shapes, without the weights
         outline = LlamaForCausalLM(config).state_dict()
+    generation = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     tokenizer = _tokenizer(vocabulary)
 
     weights = {
@@ -123,7 +125,7 @@ def write_checkpoints(
         folder.mkdir(parents=True)
         save_torch_state_dict(changed, folder, max_shard_size=ceil(size / shards))
         config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        generation.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         folders.append(folder)
     return folders
@@ -142,10 +144,14 @@ def _fine_tuned(
     weight: torch.Tensor, name: str, model: str, change: float, seed: int
 ) -> torch.Tensor:
     """The base's weight plus a task vector of a given relative length."""
-    task = _noise(weight, name, "all fine-tunes", seed).mul_(_COMMON_SHARE**0.5)
+    import torch
+
+    length = torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+    size = change * length / weight.numel() ** 0.5
+    task = _noise(weight, name, "all fine-tunes", seed)
+    task.mul_(size * _COMMON_SHARE**0.5)
     own = _noise(weight, name, f"fine-tune {model}", seed)
-    task.add_(own, alpha=(1 - _COMMON_SHARE) ** 0.5)
-    task.mul_(change * weight.float().square().mean().sqrt())
+    task.add_(own, alpha=size * (1 - _COMMON_SHARE) ** 0.5)
     return task.add_(weight).to(weight.dtype)
 
 
@@ -158,7 +164,7 @@ def _noise(weight: torch.Tensor, name: str, purpose: str, seed: int) -> torch.Te
     return torch.randn(weight.shape, generator=generator)
 
 
-def _tokenizer(vocabulary: int):  # type: ignore[no-untyped-def]
+def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: it can encode any text, and decodes to the same text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -180,5 +186,6 @@ def _tokenizer(vocabulary: int):  # type: ignore[no-untyped-def]
         bos_token=start,
         eos_token=end,
         pad_token=end,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )

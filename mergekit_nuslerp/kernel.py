@@ -94,13 +94,8 @@ def nuslerp(
         raise ValueError(f"NuSLERP interpolates exactly two models, not {len(tensors)}")
     if len(weights) != len(tensors):
         raise ValueError(f"{len(tensors)} tensors need as many weights: {weights}")
-    for tensor in given:
-        if not tensor.is_floating_point():
-            raise TypeError(f"NuSLERP needs floating-point tensors, not {tensor.dtype}")
-        if tensor.shape != given[0].shape:
-            raise ValueError(
-                f"tensors differ in shape: {[tuple(t.shape) for t in given]}"
-            )
+    if any(tensor.shape != given[0].shape for tensor in given):
+        raise ValueError(f"tensors differ in shape: {[tuple(t.shape) for t in given]}")
     return merge_batch(
         [tensor.unsqueeze(0) for tensor in tensors],
         torch.tensor([list(weights)], dtype=torch.float64),
@@ -126,10 +121,16 @@ def merge_batch(
 
     Returns:
         `(batch, *weight_shape)` in the inputs' promoted dtype.
+
+    Raises:
+        TypeError: integer, boolean or complex tensors.
+        NonFiniteError: NaN or infinity in an input.
     """
     inputs = list(tensors) if base is None else [*tensors, base]
     dtype = inputs[0].dtype
-    for tensor in inputs[1:]:
+    for tensor in inputs:
+        if not tensor.is_floating_point():
+            raise TypeError(f"NuSLERP needs floating-point tensors, not {tensor.dtype}")
         dtype = torch.promote_types(dtype, tensor.dtype)
     weights, vanishing = normalize_weights(weights)
     if vanishing.any():

@@ -73,7 +73,10 @@ def reference(
 ) -> Reference:
     """Merge two weights, and say how well conditioned each element is."""
     first, second = tensors
-    tolerance = torch.finfo(torch.promote_types(first.dtype, second.dtype)).eps
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    if base is not None:
+        dtype = torch.promote_types(dtype, base.dtype)
+    tolerance = torch.finfo(dtype).eps
     total = sum(weights)
     t = 0.5 if abs(total) < 1e-6 else weights[1] / total
 
@@ -101,3 +104,27 @@ def oracle(
 ) -> torch.Tensor:
     """The merge of two weights in float64."""
     return reference(tensors, weights, base, granularity).value
+
+
+def assert_rounded_once(
+    result: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    base: torch.Tensor | None = None,
+    granularity: str = "tensor",
+) -> None:
+    """Every element is within half a unit in the last place of the exact merge.
+
+    On top of that comes only what arithmetic of at least twice the input's precision
+    leaves behind, or as much for float64, which has no wider dtype.
+    """
+    exact, sensitivity = reference(tensors, weights, base, granularity)
+    number = torch.finfo(result.dtype)
+    exponent = torch.frexp(exact).exponent - 1
+    last_place = torch.ldexp(torch.full_like(exact, number.eps), exponent)
+    last_place = last_place.clamp(min=number.smallest_normal * number.eps)
+    inner = torch.finfo(torch.float32 if number.bits < 32 else torch.float64)
+    error = (result.detach().double() - exact).abs()
+    excess = error - 0.5 * last_place - 32 * inner.eps * sensitivity
+    assert not (excess > 0).any(), f"off by up to {(error / last_place).max()} ulp"
+    assert result.isfinite().all()

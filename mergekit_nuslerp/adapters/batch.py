@@ -27,7 +27,7 @@ from mergekit.merge_methods.batching import prepare_batches
 
 from mergekit_nuslerp import granularity, parameters
 from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
-from mergekit_nuslerp.parameters import nonfinite
+from mergekit_nuslerp.parameters import Shared, nonfinite
 from mergekit_nuslerp.plugin import announce
 
 
@@ -79,6 +79,9 @@ def _specs() -> tuple[ParameterSpec, ...]:
         for declaration, scope in scopes
         for name, field in declaration.model_fields.items()
     )
+
+
+_DEFAULTS = {name: field.default for name, field in Shared.model_fields.items()}
 
 
 def _merge(
@@ -141,6 +144,8 @@ class NuslerpMethod(BatchedMergeMethod):
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """As the inherited method, but with weights in float64 and named errors."""
+        # A graph task made by hand may leave shared parameters to their defaults.
+        parameters = [{**_DEFAULTS, **bound} for bound in parameters]
         results: dict[int, torch.Tensor] = {}
         for batch in prepare_batches(
             groups, parameters, self.spec, options, input_dtypes=input_dtypes

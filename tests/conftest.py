@@ -1,0 +1,39 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+# Before anything reads them: no test needs a network, and the plugin must be on.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("MERGEKIT_NUSLERP", None)
+
+from support import LAYERS, Demo
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models `base`, `sft` and `kd`. Not to be written to."""
+    from mergekit_nuslerp.checkpoints import write_checkpoints
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_checkpoints(folder, layers=LAYERS, hidden_size=32, vocabulary=272)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The demo, run once. Its folder is not to be written to."""
+    from mergekit_nuslerp.demo import run
+
+    # A space, because people's folders have them.
+    folder = tmp_path_factory.mktemp("demo") / "a folder"
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = run(folder)
+    return Demo(folder, status, out.getvalue(), err.getvalue())

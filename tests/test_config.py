@@ -1,0 +1,145 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""Mistakes in a config are found while mergekit plans, before a weight is read."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import yaml
+from mergekit import merge_methods
+from mergekit.io.tasks import LoadTensor
+from support import load_tensors, merge_here
+
+from mergekit_nuslerp import parameters
+from mergekit_nuslerp.parameters import ConfigError
+
+# mergekit 0.1.4 refuses values that are no numbers before a method sees them.
+TYPED = hasattr(merge_methods, "registered_methods")
+
+CONFIG = """
+merge_method: nuslerp
+base_model: ./base
+models:
+  - {model: ./sft, parameters: {weight: 0.3}}
+  - {model: ./kd, parameters: {weight: 0.7}}
+dtype: bfloat16
+"""
+
+
+@pytest.fixture
+def config():
+    return copy.deepcopy(yaml.safe_load(CONFIG))
+
+
+@pytest.fixture
+def refused(monkeypatch, checkpoints, tmp_path):
+    """The message that a config is refused with, no tensor having been read."""
+
+    def read(_self):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(LoadTensor, "execute", read)
+
+    def run(config, error=ConfigError):
+        with pytest.raises(error) as caught:
+            merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+        return str(caught.value)
+
+    return run
+
+
+def test_the_config_is_in_order(config, checkpoints, tmp_path):
+    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+    assert load_tensors(tmp_path / "out")
+
+
+def assert_names(message, *parts):
+    for part in parts:
+        assert part in message, message
+
+
+def test_a_missing_weight(config, refused):
+    del config["models"][1]["parameters"]
+    message = refused(config)
+    assert_names(message, "'weight'", "./kd", "model.embed_tokens.weight", "missing")
+    assert_names(message, "finite number", "weight: 0.5")
+
+
+def test_a_weight_missing_for_some_tensors(config, refused):
+    config["models"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": 0.4}]
+    assert_names(refused(config), "'weight'", "./sft", "embed_tokens", "missing")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite(config, refused, value):
+    config["models"][0]["parameters"]["weight"] = value
+    message = refused(config)
+    assert_names(message, "'weight'", "./sft", "model.embed_tokens.weight", str(value))
+    assert_names(message, "finite number", "weight: 0.5")
+
+
+@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 refuses it with its own message")
+@pytest.mark.parametrize("value", ["a lot", "0,5"])
+def test_a_weight_that_is_no_number(config, refused, value):
+    config["models"][0]["parameters"]["weight"] = value
+    message = refused(config)
+    assert_names(message, "'weight'", "./sft", "model.embed_tokens.weight", value)
+
+
+@pytest.mark.skipif(TYPED, reason="of mergekit 0.1.4")
+def test_a_weight_that_is_no_number_on_the_older_mergekit(config, refused):
+    config["models"][0]["parameters"]["weight"] = "a lot"
+    assert "weight" in refused(config, ValueError)
+
+
+@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes all but zero for true")
+@pytest.mark.parametrize("name", list(parameters.Shared.model_fields))
+def test_a_flag_that_is_no_flag(config, refused, name):
+    config["parameters"] = {name: 0.5}
+    message = refused(config)
+    assert_names(message, repr(name), "model.embed_tokens.weight", "true or false")
+
+
+def test_one_model(config, refused):
+    del config["models"][1]
+    assert_names(refused(config), "exactly 2 models", "there are 1", "./sft")
+
+
+def test_three_models(config, refused):
+    config["models"].append({"model": "./base", "parameters": {"weight": 1.0}})
+    del config["base_model"]
+    message = refused(config)
+    assert_names(message, "exactly 2 models", "there are 3", "./sft, ./kd, ./base")
+    assert_names(message, "karcher")
+
+
+def test_a_base_that_is_one_of_the_two(config, refused):
+    config["base_model"] = "./sft"
+    message = refused(config)
+    assert_names(message, "base model ./sft is one of the two", "./kd")
+    assert_names(message, "remove `base_model`")
+
+
+def test_a_base_that_is_listed_needs_no_weight(config, checkpoints, tmp_path):
+    merge_here(yaml.dump(config), tmp_path / "a", cwd=checkpoints)
+    config["models"].append({"model": "./base"})
+    merge_here(yaml.dump(config), tmp_path / "b", cwd=checkpoints)
+    first, second = load_tensors(tmp_path / "a"), load_tensors(tmp_path / "b")
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_numbers_as_mergekit_takes_them():
+    assert parameters.validate("weight", "1e-5") == 1e-5  # YAML reads this as a string
+    assert parameters.validate("weight", 1) == 1.0
+    assert parameters.validate("nuslerp_flatten", 0.0) is False
+
+
+def test_a_message_without_a_place_is_still_a_sentence():
+    with pytest.raises(ConfigError, match="parameter 'weight' is missing, but must"):
+        parameters.validate("weight", None)
+    with pytest.raises(ConfigError, match="there are 0. List two"):
+        parameters.check_models([], None)

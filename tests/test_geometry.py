@@ -1,0 +1,228 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mergekit_nuslerp.geometry import normalize_weights, slerp_coefficients
+
+EPS = torch.finfo(torch.float64).eps
+ANGLES = [1e-6, 0.1, 1.0, math.pi / 2, 2.0, 3.0, math.pi - 1e-3]
+FRACTIONS = [0.0, 0.25, 0.5, 0.7, 1.0, 2.0, -1.0]
+
+quickly = settings(deadline=None, max_examples=100)
+
+
+def gram_of(cosine, lengths=(1.0, 1.0)):
+    a, b = lengths
+    return torch.tensor(
+        [[a * a, a * b * cosine], [a * b * cosine, b * b]], dtype=torch.float64
+    )
+
+
+def weights_of(t):
+    return torch.tensor([1 - t, t], dtype=torch.float64)
+
+
+def coefficients(gram, t, tolerance=EPS):
+    return slerp_coefficients(gram, weights_of(t), antipodal_tolerance=tolerance)
+
+
+@pytest.mark.parametrize("theta", ANGLES)
+@pytest.mark.parametrize("t", FRACTIONS)
+def test_the_point_is_on_the_sphere_at_its_fraction_of_the_angle(theta, t):
+    gram = gram_of(math.cos(theta))
+    c = coefficients(gram, t)
+    # Inner products of the result with both ends, and with itself.
+    rounding = 8 * EPS / (1 + math.cos(theta))
+    expected = torch.tensor(
+        [math.cos(t * theta), math.cos((1 - t) * theta)], dtype=torch.float64
+    )
+    torch.testing.assert_close(gram @ c, expected, rtol=0, atol=rounding)
+    assert (c @ gram @ c).item() == pytest.approx(1, abs=rounding)
+
+
+@quickly
+@given(
+    theta=st.floats(1e-3, 3.1),
+    t=st.floats(-2, 3),
+    s=st.floats(0, 1),
+)
+def test_interpolating_again_stays_on_the_arc(theta, t, s):
+    """From v_0 to the point at t, a fraction s of the way is the point at s t."""
+    gram = gram_of(math.cos(theta))
+    # Beyond half a turn the shorter arc is another one.
+    assume(1e-3 < abs(t) * theta < 3.1)
+    c = coefficients(gram, t)
+    basis = torch.stack([torch.tensor([1.0, 0.0], dtype=torch.float64), c])
+    inner = coefficients(basis @ gram @ basis.T, s)
+    torch.testing.assert_close(
+        inner @ basis, coefficients(gram, s * t), rtol=0, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("theta", ANGLES)
+@pytest.mark.parametrize("t", FRACTIONS)
+def test_agrees_with_the_formula(theta, t):
+    expected = torch.tensor(
+        [math.sin((1 - t) * theta), math.sin(t * theta)], dtype=torch.float64
+    ) / math.sin(theta)
+    c = coefficients(gram_of(math.cos(theta)), t)
+    # A cosine that is rounded once is as much as the Gram matrix can say.
+    rounding = 8 * EPS / (1 + math.cos(theta))
+    torch.testing.assert_close(c, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("theta", [0.0, *ANGLES, math.pi])
+@pytest.mark.parametrize("t", FRACTIONS)
+def test_symmetric(theta, t):
+    gram = gram_of(math.cos(theta), (2.0, 3.0))
+    c = coefficients(gram, t)
+    flipped = slerp_coefficients(
+        gram.flip((0, 1)), weights_of(t).flip(0), antipodal_tolerance=EPS
+    )
+    torch.testing.assert_close(flipped.flip(0), c, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("theta", [0.0, *ANGLES, math.pi])
+def test_endpoints(theta):
+    gram = gram_of(math.cos(theta), (2.0, 3.0))
+    torch.testing.assert_close(coefficients(gram, 0.0), weights_of(0.0))
+    torch.testing.assert_close(coefficients(gram, 1.0), weights_of(1.0))
+
+
+@pytest.mark.parametrize("lengths", [(1.0, 4.0), (1e-60, 1e60), (1e-100, 1e-100)])
+def test_lengths_do_not_turn_the_angle(lengths):
+    expected = coefficients(gram_of(0.3), 0.7)
+    torch.testing.assert_close(coefficients(gram_of(0.3, lengths), 0.7), expected)
+
+
+@pytest.mark.parametrize("t", FRACTIONS)
+@pytest.mark.parametrize("lengths", [(1.0, 1.0), (2.0, 0.5), (3.0, 0.1)])
+def test_parallel_and_antipodal_vectors_are_interpolated_linearly(t, lengths):
+    for cosine in (1.0, -1.0):
+        c = coefficients(gram_of(cosine, lengths), t)
+        torch.testing.assert_close(c, weights_of(t), rtol=1e-14, atol=1e-14)
+
+
+def test_parallel_is_the_limit_of_the_formula():
+    for theta in (1e-1, 1e-2, 1e-3, 1e-5):
+        gap = coefficients(gram_of(math.cos(theta)), 0.3) - weights_of(0.3)
+        # c_i - w_i = w_i (1 - w_i^2) theta^2 / 6 + ...
+        assert gap.abs().max() <= theta**2 / 6 + 4 * EPS
+
+
+@pytest.mark.parametrize("tolerance", [2.0**-7, 2.0**-10, 2.0**-23])
+def test_the_tolerance_separates_antipodal_from_wide(tolerance):
+    linear = weights_of(0.3)
+    within = coefficients(gram_of(-1 + 0.999 * tolerance), 0.3, tolerance)
+    beyond = coefficients(gram_of(-1 + 1.001 * tolerance), 0.3, tolerance)
+    torch.testing.assert_close(within, linear, rtol=0, atol=0)
+    assert (beyond > 2 * linear).all()  # 1 / sin(theta) has grown large by then
+
+
+@pytest.mark.parametrize("t", FRACTIONS)
+@pytest.mark.parametrize("lengths", [(0.0, 2.0), (2.0, 0.0), (0.0, 0.0)])
+def test_a_zero_vector_counts_as_orthogonal(t, lengths):
+    c = coefficients(gram_of(0.0, lengths), t)
+    torch.testing.assert_close(c, coefficients(gram_of(0.0), t), rtol=0, atol=0)
+    quarter = torch.sin(weights_of(t) * math.pi / 2)
+    torch.testing.assert_close(c, quarter)
+
+
+def test_each_vector_of_a_batch_is_on_its_own():
+    grams = torch.stack(
+        [gram_of(c, ab) for c in (1.0, 0.4, -1.0) for ab in ((1.0, 2.0), (0.0, 1.0))]
+    )
+    weights = torch.stack([weights_of(t) for t in (0.1, 0.3, 0.5, 0.7, 1.5, -2.0)])
+    together = slerp_coefficients(grams, weights, antipodal_tolerance=EPS)
+    for gram, weight, c in zip(grams, weights, together):
+        alone = slerp_coefficients(gram, weight, antipodal_tolerance=EPS)
+        torch.testing.assert_close(c, alone, rtol=1e-15, atol=1e-15)
+    broadcast = slerp_coefficients(grams, weights[0], antipodal_tolerance=EPS)
+    assert broadcast.shape == (6, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keeps_the_dtype_of_the_gram_matrix(dtype):
+    c = slerp_coefficients(
+        gram_of(0.4).to(dtype), weights_of(0.3), antipodal_tolerance=EPS
+    )
+    assert c.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        c.double(), coefficients(gram_of(0.4), 0.3), rtol=4 * eps, atol=4 * eps
+    )
+
+
+@pytest.mark.parametrize(
+    "gram",
+    [
+        gram_of(1.0, (1.0, 3.0)),
+        gram_of(-1.0, (1.0, 3.0)),
+        gram_of(0.0, (0.0, 3.0)),
+        gram_of(0.0, (1.0, 0.0)),
+        gram_of(0.0, (0.0, 0.0)),
+        gram_of(math.cos(1e-7)),
+        gram_of(0.5),
+    ],
+    ids=["parallel", "antipodal", "zero-0", "zero-1", "zeros", "close", "ordinary"],
+)
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0, -1.0])
+def test_derivatives_are_finite(gram, t):
+    gram = gram.clone().requires_grad_()
+    weights = weights_of(t).requires_grad_()
+    slerp_coefficients(gram, weights, antipodal_tolerance=EPS).sum().backward()
+    assert gram.grad.isfinite().all()
+    assert weights.grad.isfinite().all()
+
+
+def test_two_models_only():
+    with pytest.raises(ValueError, match="two models, not 3"):
+        slerp_coefficients(
+            torch.eye(3), torch.full((3,), 1 / 3), antipodal_tolerance=EPS
+        )
+
+
+@quickly
+@given(
+    weights=st.lists(st.floats(-100, 100), min_size=1, max_size=5).filter(
+        lambda weights: abs(sum(weights)) > 1e-3
+    ),
+    factor=st.floats(1e-2, 1e6),
+)
+def test_normalised_weights_sum_to_one_in_proportion(weights, factor):
+    given_weights = torch.tensor(weights, dtype=torch.float64)
+    normal, vanishing = normalize_weights(given_weights)
+    size = normal.abs().sum().item()
+    assert not vanishing
+    assert normal.sum().item() == pytest.approx(1, abs=1e-14 * size)
+    torch.testing.assert_close(normal * given_weights.sum(), given_weights)
+    scaled, _ = normalize_weights(factor * given_weights)
+    torch.testing.assert_close(scaled, normal, rtol=1e-9, atol=1e-14 * size)
+
+
+@pytest.mark.parametrize("weights", [[1, -1], [0, 0], [5e-7, 4e-7], [3, -1, -2]])
+def test_weights_that_sum_to_zero_are_made_equal(weights):
+    normal, vanishing = normalize_weights(torch.tensor(weights, dtype=torch.float64))
+    assert vanishing
+    assert (normal == 1 / len(weights)).all()
+
+
+def test_small_weights_are_not_taken_for_zero():
+    normal, vanishing = normalize_weights(
+        torch.tensor([3e-6, 7e-6], dtype=torch.float64)
+    )
+    assert not vanishing
+    torch.testing.assert_close(normal, weights_of(0.7))
+
+
+def test_weights_of_a_batch_are_normalised_each_on_its_own():
+    weights = torch.tensor([[1.0, 3.0], [1.0, -1.0], [2.0, -1.0]], dtype=torch.float64)
+    normal, vanishing = normalize_weights(weights)
+    assert vanishing.tolist() == [False, True, False]
+    assert normal.tolist() == [[0.25, 0.75], [0.5, 0.5], [2.0, -1.0]]

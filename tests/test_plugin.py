@@ -1,0 +1,294 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""How the plugin comes into mergekit, stays out of it, and fails."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import distribution, entry_points
+from pathlib import Path
+from types import SimpleNamespace
+
+import mergekit.merge_methods.registry as registry
+import pytest
+from click.testing import CliRunner
+from mergekit import merge_methods
+
+import mergekit_nuslerp
+from mergekit_nuslerp import _hook, cli, plugin
+
+PACKAGE = Path(mergekit_nuslerp.__file__).parent
+METHODS = next(
+    getattr(registry, name)
+    for name in ("_METHODS", "REGISTERED_MERGE_METHODS")
+    if hasattr(registry, name)
+)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter, with the plugin's switches as given."""
+    switches = {"MERGEKIT_NUSLERP", "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    inherited = {k: v for k, v in os.environ.items() if k not in switches}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**inherited, **environment},
+        cwd=tempfile.gettempdir(),  # not where a copy of the package lies
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def damaged_copy(folder: Path, *missing: str) -> str:
+    """A copy of the installed package without some of its files, to be found first."""
+    copy = folder / PACKAGE.name
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in copy.rglob("*.py"):
+        if path.name in missing:
+            # Not deleted: an editable installation would find it where it came from.
+            path.write_text(f"raise ModuleNotFoundError('no {path.stem}')\n")
+    installed = distribution("mergekit-nuslerp")
+    info = folder / f"mergekit_nuslerp-{installed.version}.dist-info"
+    info.mkdir()
+    for name in ("METADATA", "entry_points.txt"):
+        (info / name).write_text(installed.read_text(name) or "", encoding="utf-8")
+    return str(folder)
+
+
+def test_mergekit_uses_the_plugin_without_being_asked():
+    method = merge_methods.get("nuslerp")
+    assert type(method).__module__.startswith("mergekit_nuslerp.adapters.")
+
+
+def test_the_package_itself_imports_nothing_but_the_standard_library():
+    heavy = "{'torch', 'numpy', 'pydantic', 'click', 'mergekit'}"
+    code = f"import sys, mergekit_nuslerp; print({heavy} & set(sys.modules))"
+    assert python(code).stdout.strip() == "set()"
+
+
+def test_import_torch_prints_nothing_and_loads_only_the_hook():
+    code = (
+        "import torch, sys\n"
+        "assert 'mergekit' not in sys.modules\n"
+        "mine = {n for n in sys.modules if n.startswith('mergekit_nuslerp')}\n"
+        "assert mine == {'mergekit_nuslerp', 'mergekit_nuslerp._hook'}, mine"
+    )
+    result = python(code)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+OTHERS = sorted({path.name for path in PACKAGE.rglob("*.py")} - {"__init__.py"})
+
+
+@pytest.mark.parametrize("missing", [("_hook.py",), tuple(OTHERS)])
+def test_a_damaged_installation_does_not_break_import_torch(tmp_path, missing):
+    path = damaged_copy(tmp_path, *missing)
+    code = "import torch, mergekit_nuslerp; print(mergekit_nuslerp.__file__)"
+    result = python(code, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(path)
+
+
+def test_a_damaged_installation_fails_nuslerp_merges_and_no_others(tmp_path):
+    path = damaged_copy(tmp_path, "kernel.py")
+    code = """
+import torch
+from mergekit import merge_methods
+a = merge_methods.get("linear")
+method = merge_methods.get("nuslerp")
+entry = getattr(method, "validate_inputs", None) or method.make_task
+try:
+    entry([0, 1])
+except RuntimeError as error:
+    print(error)
+"""
+    result = python(code, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    assert "could not be loaded" in result.stdout
+    assert "no kernel" in result.stdout  # the reason
+    assert "MERGEKIT_NUSLERP=0" in result.stdout  # the way out
+
+
+def test_switched_off_mergekit_has_its_own_method():
+    code = (
+        "from mergekit import merge_methods as m; "
+        "print(type(m.get('nuslerp')).__module__)"
+    )
+    result = python(code, MERGEKIT_NUSLERP="0")
+    assert result.stdout.startswith("mergekit.merge_methods."), result.stderr
+
+
+def test_importing_the_package_installs_it_where_autoloading_is_off():
+    code = (
+        "import {first}, {second}\n"
+        "from mergekit import merge_methods as m\n"
+        "print(type(m.get('nuslerp')).__module__)"
+    )
+    order = {"first": "mergekit_nuslerp", "second": "mergekit.merge_methods"}
+    result = python(code.format(**order), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert result.stdout.startswith("mergekit_nuslerp."), result.stderr
+    order = {"first": "mergekit.merge_methods", "second": "mergekit_nuslerp"}
+    result = python(code.format(**order), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert result.stdout.startswith("mergekit_nuslerp."), result.stderr
+
+
+def test_worker_processes_use_the_plugin(tmp_path):
+    script = tmp_path / "workers.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "def probe(_):\n"
+        "    from mergekit import merge_methods\n"
+        "    return type(merge_methods.get('nuslerp')).__module__\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(*pool.map(probe, [0]))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.startswith("mergekit_nuslerp."), result.stderr
+
+
+def test_the_registry_keeps_its_own_loader():
+    assert "mergekit_nuslerp" not in type(registry.__spec__.loader).__module__
+    assert "nuslerp" in inspect.getsource(registry).lower()
+
+
+def test_both_entry_points_lead_to_the_package():
+    groups = ("torch.backends", "mergekit.merge_methods")
+    found = {g: [e.value for e in entry_points(group=g)] for g in groups}
+    assert "mergekit_nuslerp:_autoload" in found["torch.backends"]
+    assert "mergekit_nuslerp:register" in found["mergekit.merge_methods"]
+
+
+def test_registering_again_changes_nothing():
+    method = merge_methods.get("nuslerp")
+    mergekit_nuslerp.register()
+    mergekit_nuslerp._autoload()
+    assert merge_methods.get("nuslerp") is method
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [SimpleNamespace(), SimpleNamespace(_METHODS={}), SimpleNamespace(methods={})],
+)
+def test_an_unknown_mergekit_is_left_alone_with_a_warning(unknown, caplog):
+    before = repr(unknown)
+    plugin.install(unknown)
+    assert repr(unknown) == before
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "does not know this mergekit" in record.message
+
+
+def test_an_interface_that_moved_is_left_alone_with_a_warning(monkeypatch, caplog):
+    def moved(_name):
+        raise ImportError("cannot import name 'Task'", name="mergekit.graph")
+
+    monkeypatch.setattr(plugin.importlib, "import_module", moved)
+    own = object()
+    fake = SimpleNamespace(_METHODS={"nuslerp": own})
+    plugin.install(fake)
+    assert fake._METHODS["nuslerp"] is own
+    assert "cannot import name 'Task'" in caplog.text
+
+
+def test_any_other_failure_shows_when_nuslerp_is_asked_for(monkeypatch):
+    def broken(_registry):
+        raise OSError("disk on fire")
+
+    class Own:
+        def validate_inputs(self):
+            return "merged"
+
+    own, linear = Own(), Own()
+    fake = SimpleNamespace(_METHODS={"nuslerp": own, "linear": linear})
+    monkeypatch.setattr(plugin, "install", broken)
+    _hook.install(fake)
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fake._METHODS["nuslerp"].validate_inputs()
+    assert own.validate_inputs() == "merged"  # mergekit's own object is untouched
+    assert fake._METHODS["linear"] is linear
+
+
+def test_the_plugin_says_once_that_it_merges(caplog):
+    plugin.announce.cache_clear()
+    plugin.announce()
+    plugin.announce()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    for part in (
+        "mergekit-nuslerp",
+        mergekit_nuslerp.__version__,
+        "MERGEKIT_NUSLERP=0",
+    ):
+        assert part in record.message
+
+
+def test_status_says_on():
+    result = CliRunner().invoke(cli.main, ["status"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("on: mergekit")
+
+
+@pytest.mark.parametrize(
+    "switch", [{"MERGEKIT_NUSLERP": "0"}, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}]
+)
+def test_status_says_off_and_why(switch):
+    result = CliRunner().invoke(cli.main, ["status"], env=switch)
+    assert result.exit_code == 1
+    assert result.output.startswith("off:")
+    assert "=".join(*switch.items()) in result.output
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ({"module": "mergekit_nuslerp.adapters.batch"}, None),
+        ({"module": "mergekit.x", "failure": "it broke"}, "it broke"),
+        ({"error": "ImportError: no mergekit"}, "no mergekit"),
+        ({"module": "mergekit.x", "entry": []}, "not installed"),
+        (
+            {
+                "module": "mergekit.x",
+                "entry": ["mergekit_nuslerp:_autoload"],
+                "torch": "2.4.1+cpu",
+            },
+            "2.5 or newer",
+        ),
+        (
+            {
+                "module": "mergekit.x",
+                "entry": ["mergekit_nuslerp:_autoload"],
+                "torch": "2.13.0",
+                "mergekit": "9.9",
+            },
+            "does not know mergekit 9.9",
+        ),
+    ],
+)
+def test_status_knows_every_reason(answer, reason):
+    found = cli.why_not(answer)
+    assert (found is None) if reason is None else (reason in (found or ""))
+
+
+def test_run_passes_everything_on_to_mergekit_yaml():
+    command = [sys.executable, "-m", "mergekit_nuslerp.cli", "run", "--help"]
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "--copy-tokenizer" in result.stdout, result.stderr
+
+
+def test_run_respects_the_switch():
+    result = CliRunner().invoke(cli.main, ["run", "x"], env={"MERGEKIT_NUSLERP": "0"})
+    assert result.exit_code == 2
+    assert "MERGEKIT_NUSLERP=0" in result.output
