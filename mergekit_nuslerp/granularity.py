@@ -62,5 +62,6 @@ def storage_order(tensor: torch.Tensor) -> list[int]:
     Where a weight is one vector the order of its elements is free, so a transposed
     weight can be read as it lies instead of through a contiguous copy.
     """
+    strides = tensor.stride()
     weight_dims = range(1, tensor.ndim)
-    return [0, *sorted(weight_dims, key=lambda dim: -tensor.stride(dim))]
+    return [0, *sorted(weight_dims, key=lambda dim: -strides[dim])]

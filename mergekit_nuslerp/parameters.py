@@ -54,7 +54,8 @@ FIELDS = {**PerModel.model_fields, **Shared.model_fields}
 @cache
 def _adapter(name: str) -> TypeAdapter:
     field = FIELDS[name]
-    return TypeAdapter(Annotated[field.annotation, field])
+    annotated: Any = Annotated[field.annotation, field]
+    return TypeAdapter(annotated)
 
 
 def validate(

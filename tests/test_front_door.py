@@ -94,8 +94,8 @@ def test_mergekit_pytorch(checkpoints, models, tmp_path):
 
 def test_mergekit_multi(checkpoints, models, tmp_path):
     first = {**CONFIG, "name": "inner"}
-    second = copy_with_inner = {**CONFIG, "models": [dict(m) for m in CONFIG["models"]]}
-    copy_with_inner["models"][0]["model"] = "inner"
+    second = {**CONFIG, "models": [dict(entry) for entry in CONFIG["models"]]}
+    second["models"][0]["model"] = "inner"
     config = tmp_path / "config.yaml"
     config.write_text(yaml.dump_all([first, second]))
     done = run_command(
@@ -109,7 +109,7 @@ def test_mergekit_multi(checkpoints, models, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.announcements == 1
-    base, sft, kd = models
+    base, _, kd = models
     inner = load_tensors(tmp_path / "inner_merges" / "inner")
     assert_is_our_merge(inner, models)
     assert_is_our_merge(load_tensors(tmp_path / "out"), (base, inner, kd))
