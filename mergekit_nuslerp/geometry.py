@@ -49,7 +49,7 @@ def slerp_coefficients(
 
     Args:
         gram: `(..., 2, 2)` inner products, float64 where the device has it.
-        weights: broadcastable to `(..., 2)`, summing to one.
+        weights: broadcastable to `(..., 2)`, of the same dtype, summing to one.
         antipodal_tolerance: vectors with `1 + cos(theta)` up to this are antipodal.
 
     Returns:
@@ -67,14 +67,14 @@ def slerp_coefficients(
     # Each `where` below replaces what the formula cannot take *before* it is taken:
     # selecting afterwards would still leave NaN in the derivative.
     lengths = torch.where(zero, 1, squared).sqrt()
-    cosine = gram[..., 0, 1] / lengths[..., 0] / lengths[..., 1]
+    cosine = gram[..., 0, 1] / lengths.prod(-1)
     cosine = torch.where(zero.any(-1), 0, cosine)
 
     tolerance = max(antipodal_tolerance, _COSINE_ROUNDING)
-    linear = (1 - cosine <= 0) | (1 + cosine <= tolerance)
+    linear = (cosine >= 1) | (cosine <= tolerance - 1)
     cosine = torch.where(linear, 0, cosine)
     # atan2 keeps its precision where acos loses it, at small and at wide angles.
     sine = ((1 - cosine) * (1 + cosine)).sqrt()
     theta = torch.atan2(sine, cosine).unsqueeze(-1)
     spherical = torch.sin(weights * theta) / sine.unsqueeze(-1)
-    return torch.where(linear.unsqueeze(-1), weights.to(gram.dtype), spherical)
+    return torch.where(linear.unsqueeze(-1), weights, spherical)

@@ -12,10 +12,13 @@ weight.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import combinations_with_replacement, product
-from math import prod, sqrt
+from math import ceil, prod, sqrt
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,11 +26,14 @@ import torch
 from mergekit_nuslerp.geometry import normalize_weights, slerp_coefficients
 from mergekit_nuslerp.granularity import Granularity, storage_order, vector_view
 
-# Scratch for all inputs together. On a CPU, measured: small enough for a shared cache,
-# large enough that starting PyTorch's threads for each operation costs little. On an
-# accelerator a piece must outlast the launch of its operations.
-_SCRATCH_BYTES_CPU = 12 * 1024 * 1024
+# Scratch of one thread. On a CPU, measured: small enough for the caches, large enough
+# that starting an operation costs little beside running it. On an accelerator one
+# thread has it all, and a piece must outlast the launch of its operations.
+_SCRATCH_BYTES_CPU = 6 * 1024 * 1024
 _SCRATCH_BYTES_ACCELERATOR = 192 * 1024 * 1024
+
+# Bounds the scratch of all threads; a few saturate the memory of most machines.
+_MAX_THREADS = 8
 
 # Vectors whose coefficients are worked out at once: bounds scratch for short vectors.
 _MAX_VECTORS = 64 * 1024
@@ -162,6 +168,13 @@ def merge_batch(
     return _merge(job).reshape(shape).permute(inverse)
 
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+_Piece = tuple[slice, slice, slice, slice]
+_Tile = tuple[slice, list[_Piece]]  # outer indices, and the pieces of those vectors
+
+
 @dataclass(frozen=True)
 class _Job:
     """A batch of weights as vectors, each tensor `(outer, length, inner, width)`."""
@@ -180,6 +193,35 @@ class _Job:
     def device(self) -> torch.device:
         return self.inputs[0].device
 
+    @cached_property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The pairs of models whose inner products make up a Gram matrix."""
+        return list(combinations_with_replacement(range(self.models), 2))
+
+    @property
+    def scratch_rows(self) -> int:
+        return len(self.inputs) + len(self.pairs)
+
+    @cached_property
+    def _square(self) -> torch.Tensor:
+        """Where in `pairs` each element of a Gram matrix is."""
+        models = range(self.models)
+        places = [
+            [self.pairs.index((min(i, j), max(i, j))) for j in models] for i in models
+        ]
+        return torch.tensor(places, device=self.device)
+
+    def gram(self, products: torch.Tensor) -> torch.Tensor:
+        """Gram matrices `(outer, inner, models, models)` from products of pairs."""
+        return products[..., self._square]
+
+    def coefficients(self, gram: torch.Tensor, outer: slice) -> torch.Tensor:
+        """Step 2, for vectors of some outer indices: `(outer, inner, models)`."""
+        weights = self.weights[outer].to(device=gram.device, dtype=gram.dtype)
+        return slerp_coefficients(
+            gram, weights, antipodal_tolerance=torch.finfo(self.dtype).eps
+        )
+
     @property
     def wide_dtype(self) -> torch.dtype:
         """The widest dtype of the device; Apple's GPUs have no float64."""
@@ -191,11 +233,10 @@ class _Job:
         return torch.float32 if self.dtype.itemsize < 4 else self.wide_dtype
 
 
-_Piece = tuple[slice, slice, slice, slice]
-
-
-def _tiles(sizes: Sequence[int], chunk: int) -> Iterator[tuple[slice, list[_Piece]]]:
-    """Cut a view into pieces of at most `chunk` elements.
+def _tiles(
+    sizes: Sequence[int], chunk: int, *, most: int | None = None
+) -> Iterator[_Tile]:
+    """Cut a view into pieces of at most `chunk` elements and `most` vectors.
 
     Yields:
         the outer indices of some vectors, and the pieces that those vectors consist
@@ -204,10 +245,11 @@ def _tiles(sizes: Sequence[int], chunk: int) -> Iterator[tuple[slice, list[_Piec
     outer, length, inner, width = sizes
     run = min(width, chunk)
     strip = min(length, _STRIP_LENGTH)
-    columns = min(inner, max(1, chunk // (run * strip)), _MAX_VECTORS)
+    most = _MAX_VECTORS if most is None else most
+    columns = min(inner, max(1, chunk // (run * strip)), most)
     rows = min(length, max(1, chunk // (run * columns)))
     whole = rows == length and run == width
-    fitting = min(chunk // (rows * columns * run), _MAX_VECTORS // columns)
+    fitting = min(chunk // (rows * columns * run), most // columns)
     vectors = min(outer, max(1, fitting)) if whole else 1
     for o in _slices(outer, vectors):
         for i in _slices(inner, columns):
@@ -219,34 +261,23 @@ def _slices(total: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-class _Scratch:
-    """Room for pieces of a job in one dtype, and the steps that work in it.
+class _Worker:
+    """Takes pieces of a job through the steps, in scratch of one dtype.
 
-    Every operation runs over the elements of a piece in the same order, so that each
-    of PyTorch's threads finds in its own cache what it wrote there before. Where
-    `streaming` is off there is no room: operations allocate, and autograd records.
+    Without a chunk size there is no scratch: operations allocate what they return,
+    and autograd can record them.
     """
 
-    def __init__(self, job: _Job, dtype: torch.dtype, *, streaming: bool):
+    def __init__(self, job: _Job, dtype: torch.dtype, chunk: int | None):
         self.job = job
         self.dtype = dtype
-        self.chunk = prod(job.sizes)
-        self.pairs = list(combinations_with_replacement(range(job.models), 2))
-        models = range(job.models)
-        self.square = torch.tensor(
-            [
-                [self.pairs.index((min(i, j), max(i, j))) for j in models]
-                for i in models
-            ],
-            device=job.device,
-        )
         self.rows: torch.Tensor | None = None
-        if streaming:
-            rows = len(job.inputs) + len(self.pairs)
-            on_cpu = job.device.type == "cpu"
-            room = _SCRATCH_BYTES_CPU if on_cpu else _SCRATCH_BYTES_ACCELERATOR
-            self.chunk = min(self.chunk, room // (rows * dtype.itemsize))
-            self.rows = _allocate((rows, self.chunk), dtype, job.device)
+        if chunk is not None:
+            shape = (job.scratch_rows, chunk)
+            self.rows = _allocate(shape, dtype, job.device)
+        self.held: _Piece | None = None
+        self.vectors: list[torch.Tensor] = []
+        self.base: torch.Tensor | None = None
 
     def room(self, row: int, piece: torch.Tensor) -> torch.Tensor | None:
         """Scratch in the shape of a piece, None where operations must allocate."""
@@ -254,76 +285,70 @@ class _Scratch:
             return None
         return self.rows[row, : piece.numel()].view(piece.shape)
 
-    def read(self, piece: _Piece) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """The models' vectors in one piece, and the base that they start from."""
+    def read(self, piece: _Piece) -> None:
+        """Hold the models' vectors in one piece, and the base that they start from."""
+        if self.held is piece:
+            return
         values = []
         for row, tensor in enumerate(self.job.inputs):
             part = tensor[piece]
             room = self.room(row, part)
             values.append(part.to(self.dtype) if room is None else room.copy_(part))
-        vectors, rest = values[: self.job.models], values[self.job.models :]
-        if not rest:
-            return vectors, None
-        (base,) = rest
-        return [
-            torch.sub(vector, base, out=None if self.rows is None else vector)
-            for vector in vectors
-        ], base
+        self.held, self.base = piece, None
+        self.vectors = values[: self.job.models]
+        if len(values) > self.job.models:
+            self.base = values[-1]
+            self.vectors = [
+                torch.sub(vector, self.base, out=None if self.rows is None else vector)
+                for vector in self.vectors
+            ]
 
     def peaks(self, pieces: Sequence[_Piece]) -> torch.Tensor:
         """The largest absolute element of each vector, `(outer, inner, models)`."""
         peaks: torch.Tensor | None = None
-        with torch.no_grad():
-            for piece in pieces:
-                vectors, _ = self.read(piece)
-                found = torch.stack([v.abs().amax((1, 3)) for v in vectors], dim=-1)
-                peaks = found if peaks is None else torch.maximum(peaks, found)
+        for piece in pieces:
+            self.read(piece)
+            found = torch.stack([v.abs().amax((1, 3)) for v in self.vectors], dim=-1)
+            peaks = found if peaks is None else torch.maximum(peaks, found)
         assert peaks is not None
         return peaks
 
-    def gram(
+    def products(
         self, pieces: Sequence[_Piece], scale: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
-        """Step 1: inner products of all vectors, `(outer, inner, models, models)`.
+    ) -> torch.Tensor:
+        """Step 1: inner products of all pairs of models, `(outer, inner, pairs)`.
 
-        Products are accumulated elementwise over the pieces and summed pairwise in
-        the end, so that rounding does not grow with the length of the vectors.
-
-        Returns:
-            the Gram matrices in the wide dtype, and the last piece as read.
+        They are accumulated elementwise over the pieces and summed pairwise in the
+        end, so that rounding does not grow with the length of the vectors.
         """
         sums: list[torch.Tensor] = []
         for piece in pieces:
-            vectors, base = self.read(piece)
-            factors = vectors
+            self.read(piece)
+            factors = self.vectors
             if scale is not None:
                 factors = [
                     vector * _over_elements(scale[..., n])
-                    for n, vector in enumerate(vectors)
+                    for n, vector in enumerate(factors)
                 ]
             if not sums:
-                for row, (i, j) in enumerate(self.pairs, len(self.job.inputs)):
-                    room = self.room(row, vectors[0])
+                for row, (i, j) in enumerate(self.job.pairs, len(self.job.inputs)):
+                    room = self.room(row, factors[0])
                     sums.append(torch.mul(factors[i], factors[j], out=room))
                 continue
-            _, length, _, width = vectors[0].shape
-            for total, (i, j) in zip(sums, self.pairs):
+            _, length, _, width = factors[0].shape
+            for total, (i, j) in zip(sums, self.job.pairs):
                 total[:, :length, :, :width].addcmul_(factors[i], factors[j])
-
         products = torch.stack([total.sum((1, 3)) for total in sums], dim=-1)
-        return products.to(self.job.wide_dtype)[..., self.square], vectors, base
+        return products.to(self.job.wide_dtype)
 
-    def combine(
-        self,
-        vectors: Sequence[torch.Tensor],
-        base: torch.Tensor | None,
-        coefficients: torch.Tensor,
-    ) -> torch.Tensor:
+    def combine(self, piece: _Piece, coefficients: torch.Tensor) -> torch.Tensor:
         """Step 3: base + sum of c_i v_i over a piece, not yet rounded."""
+        self.read(piece)
+        self.held = None  # overwritten now
         in_place = self.rows is not None
-        result = base
-        for n, vector in enumerate(vectors):
-            factor = _over_elements(coefficients[..., n].to(self.dtype))
+        result = self.base
+        for n, vector in enumerate(self.vectors):
+            factor = _over_elements(coefficients[..., n])
             if result is None:
                 result = torch.mul(vector, factor, out=vector if in_place else None)
             else:
@@ -352,66 +377,147 @@ def _allocate(
     return torch.from_numpy(storage).view(dtype).view(shape)
 
 
+class _Crew:
+    """Workers, each in a thread of its own.
+
+    PyTorch would split every operation over its threads and wait for all of them
+    after each: thousands of times for one weight, and long where another process
+    keeps one of the threads waiting. Instead, each worker runs whole pieces alone.
+    """
+
+    def __init__(self, job: _Job, dtype: torch.dtype):
+        elements, on_cpu = prod(job.sizes), job.device.type == "cpu"
+        room = _SCRATCH_BYTES_CPU if on_cpu else _SCRATCH_BYTES_ACCELERATOR
+        chunk = max(1, room // (job.scratch_rows * dtype.itemsize))
+        self.chunk = min(chunk, elements)
+        self.threads = torch.get_num_threads()
+        count = min(self.threads, _MAX_THREADS, ceil(elements / chunk)) if on_cpu else 1
+        self.workers = [_Worker(job, dtype, self.chunk) for _ in range(count)]
+        self.pool: ThreadPoolExecutor | None = None
+        # Both are properties of a thread.
+        self.inference = torch.is_inference_mode_enabled()
+
+    def __enter__(self) -> _Crew:
+        if len(self.workers) > 1:
+            self.pool = ThreadPoolExecutor(len(self.workers), "nuslerp")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+            # What a thread sets for itself is also what later threads start with.
+            torch.set_num_threads(self.threads)
+
+    def share(
+        self, task: Callable[[_Worker, Sequence[_T]], _R], items: Sequence[_T]
+    ) -> list[_R]:
+        """Let every worker do the task for its share of the items."""
+        count = min(len(self.workers), len(items))
+        shares = [items[start::count] for start in range(count)]
+        if self.pool is None:
+            return [task(self.workers[0], items)]
+
+        def alone(worker: _Worker, part: Sequence[_T]) -> _R:
+            torch.set_num_threads(1)
+            with torch.inference_mode(self.inference), torch.no_grad():
+                return task(worker, part)
+
+        return list(self.pool.map(alone, self.workers, shares))
+
+
 def _merge(job: _Job) -> torch.Tensor:
-    """Choose how the three steps run, and look at what the Gram matrices showed."""
+    """Choose how the three steps run, and look at what the inner products showed."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in job.inputs):
-        # Autograd keeps every intermediate, so there is no scratch to bound.
-        result, regular = _stream(job, job.wide_dtype, streaming=False, scaled=True)
-        if not regular:
-            _refuse_nonfinite(job)
-        return result
-    result, regular = _stream(job, job.scratch_dtype, streaming=True)
+        return _record(job)
+    job = replace(job, inputs=tuple(tensor.detach() for tensor in job.inputs))
+    result, regular = _stream(job, job.scratch_dtype)
     if not regular:
         _refuse_nonfinite(job)
         # Mostly this is a model that left the weight as it was, and all is well.
         if _extreme(job):
-            wide = job.wide_dtype
-            result, _ = _stream(job, wide, streaming=True, scaled=True)
+            result, _ = _stream(job, job.wide_dtype, scaled=True)
     return result
 
 
 def _stream(
-    job: _Job, dtype: torch.dtype, *, streaming: bool, scaled: bool = False
+    job: _Job, dtype: torch.dtype, *, scaled: bool = False
 ) -> tuple[torch.Tensor, bool]:
-    """Run Gram, coefficients and combination over all pieces of a job.
+    """Take a job through the steps piece by piece.
 
     Args:
         job: what to merge.
         dtype: of the scratch.
-        streaming: piece by piece; else all at once, so that autograd can record it.
         scaled: divide each vector by the power of two of its largest element before
             taking squares. Angles stay, overflow and underflow go.
 
     Returns:
         The result in the job's view, and whether all squared lengths were in range.
     """
-    scratch = _Scratch(job, dtype, streaming=streaming)
-    if streaming:
-        result = _allocate(job.sizes, job.dtype, job.device)
-    regular = torch.ones((), dtype=torch.bool, device=job.device)
+    result = _allocate(job.sizes, job.dtype, job.device)
+    with _Crew(job, dtype) as crew:
+        tiles = list(_tiles(job.sizes, crew.chunk))
+
+        def whole(worker: _Worker, share: Sequence[_Tile]) -> list[torch.Tensor]:
+            """All steps, for vectors that fit into scratch."""
+            extremes: list[torch.Tensor] = []
+            for outer, pieces in share:
+                scale = _scale(worker.peaks(pieces)) if scaled else None
+                gram = job.gram(worker.products(pieces, scale))
+                extremes += gram.diagonal(dim1=-2, dim2=-1).aminmax()
+                coefficients = job.coefficients(gram, outer).to(dtype)
+                for piece in pieces:
+                    result[piece] = worker.combine(piece, coefficients)
+            return extremes
+
+        if all(len(pieces) == 1 for _, pieces in tiles):
+            extremes = [
+                square for found in crew.share(whole, tiles) for square in found
+            ]
+        else:
+            extremes = []
+            for outer, pieces in tiles:
+                scale = None
+                if scaled:
+                    peaks = crew.share(_Worker.peaks, pieces)
+                    scale = _scale(torch.stack(peaks).amax(0))
+                parts = crew.share(partial(_Worker.products, scale=scale), pieces)
+                gram = job.gram(torch.stack(parts).sum(0))
+                extremes += gram.diagonal(dim1=-2, dim2=-1).aminmax()
+                coefficients = job.coefficients(gram, outer).to(dtype)
+
+                def combine(
+                    worker: _Worker,
+                    share: Sequence[_Piece],
+                    coefficients: torch.Tensor = coefficients,
+                ) -> None:
+                    # Backwards: the piece that was read last is still there.
+                    for piece in reversed(share):
+                        result[piece] = worker.combine(piece, coefficients)
+
+                crew.share(combine, pieces)
+    # One look for all pieces: on an accelerator it waits for them.
+    squares = torch.stack(extremes)
     smallest = 0.0 if scaled else _smallest_square(job.dtype, dtype)
-    for outer, pieces in _tiles(job.sizes, scratch.chunk):
-        scale = None
-        if scaled:
-            exponents = torch.frexp(scratch.peaks(pieces)).exponent
-            scale = torch.exp2(-exponents.to(dtype)).clamp(max=torch.finfo(dtype).max)
-        gram, vectors, base = scratch.gram(pieces, scale)
-        squared = gram.detach().diagonal(dim1=-2, dim2=-1)
-        regular &= ((squared >= smallest) & squared.isfinite()).all()
-        coefficients = slerp_coefficients(
-            gram,
-            job.weights[outer].to(gram),
-            antipodal_tolerance=torch.finfo(job.dtype).eps,
-        )
-        if not streaming:
-            result = scratch.combine(vectors, base, coefficients).to(job.dtype)
-            break
-        for piece in reversed(pieces):
-            # The last piece is still in scratch, and often it is the only one.
-            if piece is not pieces[-1]:
-                vectors, base = scratch.read(piece)
-            result[piece] = scratch.combine(vectors, base, coefficients)
-    return result, bool(regular)
+    return result, bool(((squares >= smallest) & squares.isfinite()).all())
+
+
+def _record(job: _Job) -> torch.Tensor:
+    """All at once and in the widest dtype, for autograd, which keeps it all anyway."""
+    worker = _Worker(job, job.wide_dtype, chunk=None)
+    ((outer, pieces),) = _tiles(job.sizes, prod(job.sizes), most=prod(job.sizes))
+    with torch.no_grad():
+        scale = _scale(worker.peaks(pieces))
+    worker.held = None  # read again, and recorded
+    gram = job.gram(worker.products(pieces, scale))
+    if not gram.isfinite().all():
+        _refuse_nonfinite(job)
+    return worker.combine(pieces[0], job.coefficients(gram, outer)).to(job.dtype)
+
+
+def _scale(peaks: torch.Tensor) -> torch.Tensor:
+    """The power of two that brings each vector's largest element close to one."""
+    exponents = torch.frexp(peaks).exponent.to(peaks.dtype)
+    return torch.exp2(-exponents).clamp(max=torch.finfo(peaks.dtype).max)
 
 
 def _smallest_square(inputs: torch.dtype, scratch: torch.dtype) -> float:
@@ -430,11 +536,11 @@ def _extreme(job: _Job) -> bool:
     dtype = job.scratch_dtype
     shortest = sqrt(_smallest_square(job.dtype, dtype))
     longest = sqrt(torch.finfo(dtype).max / prod(job.sizes))
-    scratch = _Scratch(job, dtype, streaming=True)
     found = torch.zeros((), dtype=torch.bool, device=job.device)
-    for _, pieces in _tiles(job.sizes, scratch.chunk):
-        peaks = scratch.peaks(pieces)
-        found |= (((peaks > 0) & (peaks < shortest)) | (peaks > longest)).any()
+    with _Crew(job, dtype) as crew:
+        for _, pieces in _tiles(job.sizes, crew.chunk):
+            peaks = torch.stack(crew.share(_Worker.peaks, pieces)).amax(0)
+            found |= (((peaks > 0) & (peaks < shortest)) | (peaks > longest)).any()
     return bool(found)
 
 

@@ -9,6 +9,8 @@ and antipodal ones consist of +-1, whose lengths and cosines are exact: mergekit
 them by a cosine of exactly one.
 """
 
+from __future__ import annotations
+
 import importlib.metadata
 import warnings
 from itertools import cycle
@@ -32,12 +34,14 @@ WEIGHTS = [(0.3, 0.7), (1, 1), (2, -1), (1, -1)]
 KINDS = ["ordinary", "zero-0", "parallel", "antipodal", "zero-1", "zeros"]
 
 
-def random(*shape, seed):
+def random(*shape: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def task_vectors(shape, granularity, first_kind):
+def task_vectors(
+    shape: tuple[int, ...], granularity: str, first_kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two weights whose vectors are of all kinds, beginning with a given one."""
     a, b, signs = (random(*shape, seed=seed) for seed in range(3))
     signs = torch.where(signs < 0, -1.0, 1.0).double()
@@ -54,12 +58,17 @@ def task_vectors(shape, granularity, first_kind):
     return a, b
 
 
-def whole_numbers(*shape):
+def whole_numbers(*shape: int) -> torch.Tensor:
     """A base that can be added and subtracted without rounding the signs above."""
     return random(*shape, seed=3).mul(4).round()
 
 
-def assert_same(ours, theirs, granularity, tolerance=1e-12):
+def assert_same(
+    ours: torch.Tensor,
+    theirs: torch.Tensor,
+    granularity: str,
+    tolerance: float = 1e-12,
+) -> None:
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     for index in vectors(theirs.shape, granularity):
         gap = (ours[index] - theirs[index]).norm()

@@ -194,3 +194,18 @@ def test_readme_config(
     merged = load_tensors(tmp_path / "out")
     assert merged.keys() == load_tensors(checkpoints / "base").keys()
     assert all(tensor.isfinite().all() for tensor in merged.values())
+
+
+def _readme_python() -> list[str]:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", _readme_python())
+def test_readme_python(code: str) -> None:
+    if "merge_tensors" in code and not hasattr(mergekit.merge_methods, "merge_tensors"):
+        pytest.skip("new in mergekit 0.1.5")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["merged"].shape == names["a"].shape
+    assert names["merged"].isfinite().all()

@@ -1,6 +1,10 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
+"""Coefficients from inner products: what makes them those of a great circle."""
+
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -17,18 +21,18 @@ FRACTIONS = [0.0, 0.25, 0.5, 0.7, 1.0, 2.0, -1.0]
 quickly = settings(deadline=None, max_examples=100)
 
 
-def gram_of(cosine, lengths=(1.0, 1.0)):
+def gram_of(cosine: float, lengths: tuple[float, float] = (1.0, 1.0)) -> torch.Tensor:
     a, b = lengths
     return torch.tensor(
         [[a * a, a * b * cosine], [a * b * cosine, b * b]], dtype=torch.float64
     )
 
 
-def weights_of(t):
+def weights_of(t: float) -> torch.Tensor:
     return torch.tensor([1 - t, t], dtype=torch.float64)
 
 
-def coefficients(gram, t, tolerance=EPS):
+def coefficients(gram: torch.Tensor, t: float, tolerance: float = EPS) -> torch.Tensor:
     return slerp_coefficients(gram, weights_of(t), antipodal_tolerance=tolerance)
 
 
@@ -75,6 +79,19 @@ def test_agrees_with_the_formula(theta, t):
     # A cosine that is rounded once is as much as the Gram matrix can say.
     rounding = 8 * EPS / (1 + math.cos(theta))
     torch.testing.assert_close(c, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("gap", [2.0**-10, 2.0**-20, 2.0**-30, 2.0**-40])
+@pytest.mark.parametrize("t", [0.3, 0.5, 2.0])
+def test_a_cosine_near_minus_one_is_not_rounded_any_further(gap, t):
+    # 1 + cos(theta) = gap, without rounding; the angle from its distance to pi.
+    rest = 2 * math.asin(math.sqrt(gap / 2))
+    theta = math.pi - rest
+    expected = torch.tensor(
+        [math.sin((1 - t) * theta), math.sin(t * theta)], dtype=torch.float64
+    ) / math.sin(rest)
+    c = coefficients(gram_of(-1 + gap), t)
+    torch.testing.assert_close(c, expected, rtol=1e-13, atol=1e-9)
 
 
 @pytest.mark.parametrize("theta", [0.0, *ANGLES, math.pi])
@@ -150,7 +167,7 @@ def test_each_vector_of_a_batch_is_on_its_own():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keeps_the_dtype_of_the_gram_matrix(dtype):
     c = slerp_coefficients(
-        gram_of(0.4).to(dtype), weights_of(0.3), antipodal_tolerance=EPS
+        gram_of(0.4).to(dtype), weights_of(0.3).to(dtype), antipodal_tolerance=EPS
     )
     assert c.dtype == dtype
     eps = torch.finfo(dtype).eps

@@ -1,6 +1,8 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
+"""Which elements form one vector, told from the view that the kernel sums over."""
+
 from math import prod
 
 import pytest

@@ -1,0 +1,114 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""Large weights are merged by several threads, which leave no trace."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from oracle import oracle
+
+from mergekit_nuslerp import NonFiniteError, kernel, nuslerp
+
+
+@pytest.fixture(autouse=True)
+def several_threads(monkeypatch):
+    """Three threads and small pieces, whatever machine this is."""
+    monkeypatch.setattr(kernel, "_SCRATCH_BYTES_CPU", 16 * 1024)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(96, 128, generator=generator) for _ in range(3)]
+
+
+GRANULARITIES = ("tensor", "row", "column")
+
+
+def threads_of_a_new_thread():
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_any_number_of_threads_gives_the_same_merge(weights, granularity):
+    a, b, base = (weight.double() for weight in weights)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(nuslerp([a, b], [0.3, 0.7], base=base, granularity=granularity))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_several_threads_take_part(weights, granularity, monkeypatch):
+    seen, read = set(), kernel._Worker.read
+
+    def watched(self, piece):
+        seen.add(threading.get_ident())
+        read(self, piece)
+
+    monkeypatch.setattr(kernel._Worker, "read", watched)
+    nuslerp(weights[:2], [1, 1], granularity=granularity)
+    assert len(seen) > 1
+    assert threading.get_ident() not in seen
+
+
+def test_the_number_of_threads_stays_as_it_was(weights):
+    nuslerp(weights[:2], [1, 1])
+    assert torch.get_num_threads() == 3
+    assert threads_of_a_new_thread() == 3
+    weights[0][3, 4] = float("nan")
+    with pytest.raises(NonFiniteError):
+        nuslerp(weights[:2], [1, 1])
+    assert torch.get_num_threads() == 3
+    assert threads_of_a_new_thread() == 3
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inputs_that_could_have_a_gradient(weights, granularity, mode):
+    a, b, base = (weight.requires_grad_() for weight in weights)
+    with mode():
+        merged = nuslerp([a, b], [0.3, 0.7], base=base, granularity=granularity)
+    assert not merged.requires_grad
+    exact = oracle([a.detach(), b.detach()], (0.3, 0.7), base.detach(), granularity)
+    assert merged.equal(exact.float())
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_inputs_made_in_inference_mode(granularity):
+    with torch.inference_mode():
+        a, b = torch.randn(2, 96, 128)
+        inside = nuslerp([a, b], [0.3, 0.7], granularity=granularity)
+    outside = nuslerp([a, b], [0.3, 0.7], granularity=granularity)
+    assert inside.equal(outside)
+
+
+def test_merges_in_several_threads_at_once(weights):
+    """As mergekit's executor for several GPUs runs its tasks."""
+    expected = nuslerp(weights[:2], [0.3, 0.7])
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(nuslerp(weights[:2], [3, 7])))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
