@@ -36,7 +36,7 @@ _SCRATCH_BYTES_ACCELERATOR = 192 * 1024 * 1024
 _MAX_THREADS = 8
 
 # Vectors whose coefficients are worked out at once: bounds scratch for short vectors.
-_MAX_VECTORS = 64 * 1024
+_MAX_VECTORS = 16 * 1024
 
 # Vectors that run across memory are read in strips at least this long where they have
 # as many elements, so that each pass over the sums serves many of them.
@@ -357,6 +357,17 @@ class _Worker:
         assert result is not None
         return result
 
+    def write(
+        self,
+        pieces: Sequence[_Piece],
+        coefficients: torch.Tensor,
+        result: torch.Tensor,
+    ) -> None:
+        """Combine pieces, and round them into the result."""
+        # Backwards: the piece that was read last is still held.
+        for piece in reversed(pieces):
+            result[piece] = self.combine(piece, coefficients)
+
 
 def _over_elements(values: torch.Tensor) -> torch.Tensor:
     """One value a vector, `(outer, inner)`, in a shape that broadcasts over pieces."""
@@ -408,6 +419,11 @@ class _Crew:
             # What a thread sets for itself is also what later threads start with.
             torch.set_num_threads(self.threads)
 
+    def by_tiles(self, tiles: Sequence[_Tile]) -> bool:
+        """Whether to share out whole tiles, rather than the pieces of each."""
+        single = all(len(pieces) == 1 for _, pieces in tiles)
+        return single or len(tiles) >= 4 * len(self.workers)
+
     def share(
         self, task: Callable[[_Worker, Sequence[_T]], _R], items: Sequence[_T]
     ) -> list[_R]:
@@ -454,51 +470,43 @@ def _stream(
         The result in the job's view, and whether all squared lengths were in range.
     """
     result = _allocate(job.sizes, job.dtype, job.device)
+
+    def solve(products: torch.Tensor, outer: slice) -> tuple[torch.Tensor, ...]:
+        """Coefficients of some vectors, and the extremes of their squared lengths."""
+        gram = job.gram(products)
+        bounds = gram.diagonal(dim1=-2, dim2=-1).aminmax()
+        return job.coefficients(gram, outer).to(dtype), *bounds
+
+    def merge_tiles(worker: _Worker, tiles: Sequence[_Tile]) -> list[torch.Tensor]:
+        squares: list[torch.Tensor] = []
+        for outer, pieces in tiles:
+            scale = _scale(worker.peaks(pieces)) if scaled else None
+            coefficients, *ends = solve(worker.products(pieces, scale), outer)
+            worker.write(pieces, coefficients, result)
+            squares += ends
+        return squares
+
+    squares: list[torch.Tensor] = []
     with _Crew(job, dtype) as crew:
         tiles = list(_tiles(job.sizes, crew.chunk))
-
-        def whole(worker: _Worker, share: Sequence[_Tile]) -> list[torch.Tensor]:
-            """All steps, for vectors that fit into scratch."""
-            extremes: list[torch.Tensor] = []
-            for outer, pieces in share:
-                scale = _scale(worker.peaks(pieces)) if scaled else None
-                gram = job.gram(worker.products(pieces, scale))
-                extremes += gram.diagonal(dim1=-2, dim2=-1).aminmax()
-                coefficients = job.coefficients(gram, outer).to(dtype)
-                for piece in pieces:
-                    result[piece] = worker.combine(piece, coefficients)
-            return extremes
-
-        if all(len(pieces) == 1 for _, pieces in tiles):
-            extremes = [
-                square for found in crew.share(whole, tiles) for square in found
-            ]
-        else:
-            extremes = []
-            for outer, pieces in tiles:
-                scale = None
-                if scaled:
-                    peaks = crew.share(_Worker.peaks, pieces)
-                    scale = _scale(torch.stack(peaks).amax(0))
-                parts = crew.share(partial(_Worker.products, scale=scale), pieces)
-                gram = job.gram(torch.stack(parts).sum(0))
-                extremes += gram.diagonal(dim1=-2, dim2=-1).aminmax()
-                coefficients = job.coefficients(gram, outer).to(dtype)
-
-                def combine(
-                    worker: _Worker,
-                    share: Sequence[_Piece],
-                    coefficients: torch.Tensor = coefficients,
-                ) -> None:
-                    # Backwards: the piece that was read last is still there.
-                    for piece in reversed(share):
-                        result[piece] = worker.combine(piece, coefficients)
-
-                crew.share(combine, pieces)
+        if crew.by_tiles(tiles):
+            for found in crew.share(merge_tiles, tiles):
+                squares += found
+            tiles = []
+        for outer, pieces in tiles:
+            scale = None
+            if scaled:
+                peaks = torch.stack(crew.share(_Worker.peaks, pieces)).amax(0)
+                scale = _scale(peaks)
+            products = crew.share(partial(_Worker.products, scale=scale), pieces)
+            coefficients, *ends = solve(torch.stack(products).sum(0), outer)
+            squares += ends
+            write = partial(_Worker.write, coefficients=coefficients, result=result)
+            crew.share(write, pieces)
     # One look for all pieces: on an accelerator it waits for them.
-    squares = torch.stack(extremes)
+    bounds = torch.stack(squares)
     smallest = 0.0 if scaled else _smallest_square(job.dtype, dtype)
-    return result, bool(((squares >= smallest) & squares.isfinite()).all())
+    return result, bool(((bounds >= smallest) & bounds.isfinite()).all())
 
 
 def _record(job: _Job) -> torch.Tensor:
@@ -536,12 +544,23 @@ def _extreme(job: _Job) -> bool:
     dtype = job.scratch_dtype
     shortest = sqrt(_smallest_square(job.dtype, dtype))
     longest = sqrt(torch.finfo(dtype).max / prod(job.sizes))
-    found = torch.zeros((), dtype=torch.bool, device=job.device)
+
+    def look(worker: _Worker, tiles: Sequence[_Tile]) -> list[torch.Tensor]:
+        return [worker.peaks(pieces) for _, pieces in tiles]
+
     with _Crew(job, dtype) as crew:
-        for _, pieces in _tiles(job.sizes, crew.chunk):
-            peaks = torch.stack(crew.share(_Worker.peaks, pieces)).amax(0)
-            found |= (((peaks > 0) & (peaks < shortest)) | (peaks > longest)).any()
-    return bool(found)
+        tiles = list(_tiles(job.sizes, crew.chunk))
+        if crew.by_tiles(tiles):
+            found = [peaks for part in crew.share(look, tiles) for peaks in part]
+        else:
+            found = [
+                torch.stack(crew.share(_Worker.peaks, pieces)).amax(0)
+                for _, pieces in tiles
+            ]
+    return any(
+        bool((((peaks > 0) & (peaks < shortest)) | (peaks > longest)).any())
+        for peaks in found
+    )
 
 
 def _refuse_nonfinite(job: _Job) -> None:
