@@ -17,15 +17,15 @@ def table(with_plugin: str, without: str, runs: int = 20) -> None:
     print("|---|---|---|---|---|")
     for code in ("pass", "import torch"):
         pairs = []
+        interpreters = (without, with_plugin)
         for run in range(runs + 1):
-            order = [without, with_plugin]
-            times = {}
-            for python in order if run % 2 else order[::-1]:
+            times = [0.0, 0.0]
+            for which in (0, 1) if run % 2 else (1, 0):
                 start = time.perf_counter()
-                subprocess.run([python, "-c", code], check=True)
-                times[python] = (time.perf_counter() - start) * 1e3
+                subprocess.run([interpreters[which], "-c", code], check=True)
+                times[which] = (time.perf_counter() - start) * 1e3
             if run:  # the first pair warms up
-                pairs.append((times[without], times[with_plugin]))
+                pairs.append(times)
         difference = sorted(b - a for a, b in pairs)
         quarter = len(difference) // 4
         print(

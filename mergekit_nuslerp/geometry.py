@@ -15,8 +15,9 @@ import torch
 # mergekit's bound: weights whose sum is smaller cannot be normalised.
 _MIN_WEIGHT_SUM = 1e-6
 
-# Rounding of a float64 Gram matrix; below it a cosine cannot be told from -1.
-_COSINE_ROUNDING = 2.0**-47
+# Rounding of a Gram matrix, in units of its dtype's precision: a cosine that is closer
+# to -1 cannot be told from it.
+_COSINE_ROUNDING = 32
 
 
 def normalize_weights(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +71,8 @@ def slerp_coefficients(
     cosine = gram[..., 0, 1] / lengths.prod(-1)
     cosine = torch.where(zero.any(-1), 0, cosine)
 
-    tolerance = max(antipodal_tolerance, _COSINE_ROUNDING)
+    rounding = _COSINE_ROUNDING * torch.finfo(gram.dtype).eps
+    tolerance = max(antipodal_tolerance, rounding)
     linear = (cosine >= 1) | (cosine <= tolerance - 1)
     cosine = torch.where(linear, 0, cosine)
     # atan2 keeps its precision where acos loses it, at small and at wide angles.

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, compress, product
 from math import ceil, prod, sqrt
+from threading import Barrier
 from typing import TypeVar
 
 import numpy as np
@@ -39,7 +40,7 @@ _MAX_THREADS = 8
 _MAX_VECTORS = 16 * 1024
 
 # Vectors that run across memory are read in strips at least this long where they have
-# as many elements, so that each pass over the sums serves many of them.
+# as many elements, so that adding up the strips' sums costs little.
 _STRIP_LENGTH = 64
 
 
@@ -56,6 +57,9 @@ class NonFiniteError(ValueError):
         who = "the base" if model is None else f"model {model}"
         super().__init__(f"weight {output} of {who} contains NaN or infinity")
 
+    def __reduce__(self) -> tuple[type, tuple[int, int | None]]:
+        return type(self), (self.output, self.model)
+
 
 def nuslerp(
     tensors: Sequence[torch.Tensor],
@@ -69,24 +73,26 @@ def nuslerp(
     Args:
         tensors: two floating-point tensors of one shape (any, also empty or strided)
             and device. Dtypes may differ. They are not modified.
-        weights: one finite number a tensor, of any scale; the interpolation runs at
+        weights: one finite number a tensor; the interpolation runs at
             t = w_1 / (w_0 + w_1), and beyond the ends where t is outside [0, 1].
-            Weights that sum to zero count as equal, with a warning.
+            Weights whose sum is below 1e-6 count as equal, with a warning.
         base: interpolate the task vectors `tensors[i] - base` and add the base again.
         granularity: which elements form one vector on the sphere: the whole
             `"tensor"`, each `"row"` W[i, :] (the last dimension) or each `"column"`
             W[:, j] (the first).
 
     Returns:
-        A new tensor of the inputs' shape, in their promoted dtype. Sums are taken at
-        least in float32, and in float64 for float32 inputs, and the result is
-        rounded once. Differentiable in `tensors` and `base`; the streaming is given
-        up where a gradient is recorded.
+        A new tensor of the inputs' shape, in their promoted dtype. It is computed in
+        float32 for narrower inputs and in float64 for float32 and float64, and then
+        rounded. Differentiable (in reverse mode) in `tensors` and `base`; then all
+        is computed at once, and memory grows with the tensors.
 
     Raises:
-        ValueError: not two tensors, weights that do not match, shapes that differ.
+        ValueError: not two tensors, weights that do not match or are not finite,
+            shapes or devices that differ.
         TypeError: integer, boolean or complex tensors.
         NonFiniteError: NaN or infinity in an input.
+        OverflowError: task vectors beyond the range of float64.
 
     Example:
         >>> import torch
@@ -102,6 +108,8 @@ def nuslerp(
         raise ValueError(f"{len(tensors)} tensors need as many weights: {weights}")
     if any(tensor.shape != given[0].shape for tensor in given):
         raise ValueError(f"tensors differ in shape: {[tuple(t.shape) for t in given]}")
+    if any(tensor.device != given[0].device for tensor in given):
+        raise ValueError(f"tensors differ in device: {[str(t.device) for t in given]}")
     return merge_batch(
         [tensor.unsqueeze(0) for tensor in tensors],
         torch.tensor([list(weights)], dtype=torch.float64),
@@ -129,8 +137,7 @@ def merge_batch(
         `(batch, *weight_shape)` in the inputs' promoted dtype.
 
     Raises:
-        TypeError: integer, boolean or complex tensors.
-        NonFiniteError: NaN or infinity in an input.
+        As `nuslerp`.
     """
     inputs = list(tensors) if base is None else [*tensors, base]
     dtype = inputs[0].dtype
@@ -138,15 +145,16 @@ def merge_batch(
         if not tensor.is_floating_point():
             raise TypeError(f"NuSLERP needs floating-point tensors, not {tensor.dtype}")
         dtype = torch.promote_types(dtype, tensor.dtype)
+    weights = weights.detach().to("cpu", torch.float64)
+    if not weights.isfinite().all():
+        raise ValueError(f"weights must be finite numbers: {weights.tolist()}")
     weights, vanishing = normalize_weights(weights)
     if vanishing.any():
         warnings.warn(
             "NuSLERP weights sum to zero; the models are weighted equally instead",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    if not inputs[0].numel():
-        return inputs[0].to(dtype, copy=True)
 
     order = list(range(inputs[0].ndim))
     if granularity == "tensor":
@@ -155,13 +163,14 @@ def merge_batch(
         inputs = [tensor.permute(order) for tensor in inputs]
     shape = inputs[0].shape
     sizes = vector_view(shape, granularity)
+    if not prod(sizes):
+        return tensors[0].to(dtype, copy=True)
     models = len(tensors)
-    per_vector = weights.unsqueeze(1).expand(-1, sizes[0] // shape[0], -1)
     job = _Job(
         inputs=tuple(tensor.reshape(sizes) for tensor in inputs),
         models=models,
         batch=shape[0],
-        weights=per_vector.reshape(sizes[0], 1, models),
+        weights=weights,
         dtype=dtype,
     )
     inverse = sorted(range(len(order)), key=order.__getitem__)
@@ -182,7 +191,7 @@ class _Job:
     inputs: tuple[torch.Tensor, ...]  # the models, then the base if there is one
     models: int
     batch: int
-    weights: torch.Tensor  # (outer, 1, models), summing to one
+    weights: torch.Tensor  # (batch, models), summing to one
     dtype: torch.dtype  # of the result
 
     @property
@@ -200,7 +209,14 @@ class _Job:
 
     @property
     def scratch_rows(self) -> int:
-        return len(self.inputs) + len(self.pairs)
+        return len(self.inputs) + 1  # for products
+
+    @cached_property
+    def vector_weights(self) -> torch.Tensor:
+        """The weights of every vector, `(outer, 1, models)`."""
+        weights = self.weights.to(self.device, self.wide_dtype)
+        each = weights.unsqueeze(1).expand(-1, self.sizes[0] // self.batch, -1)
+        return each.reshape(self.sizes[0], 1, self.models)
 
     @cached_property
     def _square(self) -> torch.Tensor:
@@ -217,9 +233,10 @@ class _Job:
 
     def coefficients(self, gram: torch.Tensor, outer: slice) -> torch.Tensor:
         """Step 2, for vectors of some outer indices: `(outer, inner, models)`."""
-        weights = self.weights[outer].to(device=gram.device, dtype=gram.dtype)
         return slerp_coefficients(
-            gram, weights, antipodal_tolerance=torch.finfo(self.dtype).eps
+            gram,
+            self.vector_weights[outer],
+            antipodal_tolerance=torch.finfo(self.dtype).eps,
         )
 
     @property
@@ -273,8 +290,7 @@ class _Worker:
         self.dtype = dtype
         self.rows: torch.Tensor | None = None
         if chunk is not None:
-            shape = (job.scratch_rows, chunk)
-            self.rows = _allocate(shape, dtype, job.device)
+            self.rows = _allocate((job.scratch_rows, chunk), dtype, job.device)
         self.held: _Piece | None = None
         self.vectors: list[torch.Tensor] = []
         self.base: torch.Tensor | None = None
@@ -318,10 +334,10 @@ class _Worker:
     ) -> torch.Tensor:
         """Step 1: inner products of all pairs of models, `(outer, inner, pairs)`.
 
-        They are accumulated elementwise over the pieces and summed pairwise in the
-        end, so that rounding does not grow with the length of the vectors.
+        Sums over a piece are pairwise, and those over pieces in the wide dtype, so
+        that rounding does not grow with the length of the vectors.
         """
-        sums: list[torch.Tensor] = []
+        total: torch.Tensor | None = None
         for piece in pieces:
             self.read(piece)
             factors = self.vectors
@@ -330,16 +346,15 @@ class _Worker:
                     vector * _over_elements(scale[..., n])
                     for n, vector in enumerate(factors)
                 ]
-            if not sums:
-                for row, (i, j) in enumerate(self.job.pairs, len(self.job.inputs)):
-                    room = self.room(row, factors[0])
-                    sums.append(torch.mul(factors[i], factors[j], out=room))
-                continue
-            _, length, _, width = factors[0].shape
-            for total, (i, j) in zip(sums, self.job.pairs):
-                total[:, :length, :, :width].addcmul_(factors[i], factors[j])
-        products = torch.stack([total.sum((1, 3)) for total in sums], dim=-1)
-        return products.to(self.job.wide_dtype)
+            room = self.room(-1, factors[0])
+            sums = [
+                torch.mul(factors[i], factors[j], out=room).sum((1, 3))
+                for i, j in self.job.pairs
+            ]
+            found = torch.stack(sums, dim=-1).to(self.job.wide_dtype)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
 
     def combine(self, piece: _Piece, coefficients: torch.Tensor) -> torch.Tensor:
         """Step 3: base + sum of c_i v_i over a piece, not yet rounded."""
@@ -409,15 +424,28 @@ class _Crew:
         self.inference = torch.is_inference_mode_enabled()
 
     def __enter__(self) -> _Crew:
-        if len(self.workers) > 1:
-            self.pool = ThreadPoolExecutor(len(self.workers), "nuslerp")
+        count = len(self.workers)
+        if count > 1:
+            self.pool = ThreadPoolExecutor(count, "nuslerp")
+            met = Barrier(count)
+
+            def settle(_: _Worker) -> None:
+                torch.get_num_threads()  # takes the default, which would come later
+                torch.set_num_threads(1)
+                met.wait()  # so that each of the threads comes here
+
+            list(self.pool.map(settle, self.workers))
+            # What a thread sets for itself is also what later threads start with.
+            torch.set_num_threads(self.threads)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.pool is not None:
             self.pool.shutdown()
-            # What a thread sets for itself is also what later threads start with.
-            torch.set_num_threads(self.threads)
+
+    def peaks(self, pieces: Sequence[_Piece]) -> torch.Tensor:
+        """`_Worker.peaks` of vectors whose pieces all workers look at."""
+        return torch.stack(self.share(_Worker.peaks, pieces)).amax(0)
 
     def by_tiles(self, tiles: Sequence[_Tile]) -> bool:
         """Whether to share out whole tiles, rather than the pieces of each."""
@@ -434,7 +462,6 @@ class _Crew:
             return [task(self.workers[0], items)]
 
         def alone(worker: _Worker, part: Sequence[_T]) -> _R:
-            torch.set_num_threads(1)
             with torch.inference_mode(self.inference), torch.no_grad():
                 return task(worker, part)
 
@@ -446,18 +473,24 @@ def _merge(job: _Job) -> torch.Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in job.inputs):
         return _record(job)
     job = replace(job, inputs=tuple(tensor.detach() for tensor in job.inputs))
-    result, regular = _stream(job, job.scratch_dtype)
-    if not regular:
+    result, squares = _stream(job, job.scratch_dtype)
+    short = squares[:, 0] < _smallest_square(job.dtype, job.scratch_dtype)
+    finite = squares.isfinite().all()
+    # One look for all pieces: an accelerator has to be waited for.
+    if not short.any() and finite:
+        return result
+    if not finite:
         _refuse_nonfinite(job)
-        # Mostly this is a model that left the weight as it was, and all is well.
-        if _extreme(job):
-            result, _ = _stream(job, job.wide_dtype, scaled=True)
+    # Mostly this is a model that left vectors as they were, and all is well.
+    if not finite or _has_tiny_vectors(job, short.tolist()):
+        result, squares = _stream(job, job.wide_dtype, scaled=True)
+        _refuse_overflow(squares)
     return result
 
 
 def _stream(
     job: _Job, dtype: torch.dtype, *, scaled: bool = False
-) -> tuple[torch.Tensor, bool]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Take a job through the steps piece by piece.
 
     Args:
@@ -467,46 +500,36 @@ def _stream(
             taking squares. Angles stay, overflow and underflow go.
 
     Returns:
-        The result in the job's view, and whether all squared lengths were in range.
+        The result in the job's view, and `(tiles, 2)` the smallest and the largest
+        squared length of a vector in each tile.
     """
     result = _allocate(job.sizes, job.dtype, job.device)
-
-    def solve(products: torch.Tensor, outer: slice) -> tuple[torch.Tensor, ...]:
-        """Coefficients of some vectors, and the extremes of their squared lengths."""
-        gram = job.gram(products)
-        bounds = gram.diagonal(dim1=-2, dim2=-1).aminmax()
-        return job.coefficients(gram, outer).to(dtype), *bounds
-
-    def merge_tiles(worker: _Worker, tiles: Sequence[_Tile]) -> list[torch.Tensor]:
-        squares: list[torch.Tensor] = []
-        for outer, pieces in tiles:
-            scale = _scale(worker.peaks(pieces)) if scaled else None
-            coefficients, *ends = solve(worker.products(pieces, scale), outer)
-            worker.write(pieces, coefficients, result)
-            squares += ends
-        return squares
-
-    squares: list[torch.Tensor] = []
     with _Crew(job, dtype) as crew:
-        tiles = list(_tiles(job.sizes, crew.chunk))
-        if crew.by_tiles(tiles):
-            for found in crew.share(merge_tiles, tiles):
-                squares += found
-            tiles = []
-        for outer, pieces in tiles:
-            scale = None
-            if scaled:
-                peaks = torch.stack(crew.share(_Worker.peaks, pieces)).amax(0)
-                scale = _scale(peaks)
+        tiles = list(enumerate(_tiles(job.sizes, crew.chunk)))
+        squares = torch.empty(len(tiles), 2, dtype=job.wide_dtype, device=job.device)
+
+        def solve(products: torch.Tensor, number: int, outer: slice) -> torch.Tensor:
+            gram = job.gram(products)
+            lowest, highest = gram.diagonal(dim1=-2, dim2=-1).aminmax()
+            squares[number, 0], squares[number, 1] = lowest, highest
+            return job.coefficients(gram, outer).to(dtype)
+
+        def merge(worker: _Worker, share: Sequence[tuple[int, _Tile]]) -> None:
+            for number, (outer, pieces) in share:
+                scale = _scale(worker.peaks(pieces)) if scaled else None
+                coefficients = solve(worker.products(pieces, scale), number, outer)
+                worker.write(pieces, coefficients, result)
+
+        if crew.by_tiles([tile for _, tile in tiles]):
+            crew.share(merge, tiles)
+            return result, squares
+        for number, (outer, pieces) in tiles:
+            scale = _scale(crew.peaks(pieces)) if scaled else None
             products = crew.share(partial(_Worker.products, scale=scale), pieces)
-            coefficients, *ends = solve(torch.stack(products).sum(0), outer)
-            squares += ends
+            coefficients = solve(torch.stack(products).sum(0), number, outer)
             write = partial(_Worker.write, coefficients=coefficients, result=result)
             crew.share(write, pieces)
-    # One look for all pieces: on an accelerator it waits for them.
-    bounds = torch.stack(squares)
-    smallest = 0.0 if scaled else _smallest_square(job.dtype, dtype)
-    return result, bool(((bounds >= smallest) & bounds.isfinite()).all())
+    return result, squares
 
 
 def _record(job: _Job) -> torch.Tensor:
@@ -519,11 +542,15 @@ def _record(job: _Job) -> torch.Tensor:
     gram = job.gram(worker.products(pieces, scale))
     if not gram.isfinite().all():
         _refuse_nonfinite(job)
+        _refuse_overflow(gram)
     return worker.combine(pieces[0], job.coefficients(gram, outer)).to(job.dtype)
 
 
 def _scale(peaks: torch.Tensor) -> torch.Tensor:
-    """The power of two that brings each vector's largest element close to one."""
+    """The power of two that brings each vector's largest element close to one.
+
+    Limited by the range of the dtype, which is close enough.
+    """
     exponents = torch.frexp(peaks).exponent.to(peaks.dtype)
     return torch.exp2(-exponents).clamp(max=torch.finfo(peaks.dtype).max)
 
@@ -539,34 +566,37 @@ def _smallest_square(inputs: torch.dtype, scratch: torch.dtype) -> float:
     return wide.smallest_normal / wide.eps**2
 
 
-def _extreme(job: _Job) -> bool:
-    """Whether any vector, not all zero, is too short or too long to be squared."""
+def _has_tiny_vectors(job: _Job, suspects: Sequence[bool]) -> bool:
+    """Whether a vector of the suspected tiles is not zero, but too short to square."""
     dtype = job.scratch_dtype
     shortest = sqrt(_smallest_square(job.dtype, dtype))
-    longest = sqrt(torch.finfo(dtype).max / prod(job.sizes))
 
-    def look(worker: _Worker, tiles: Sequence[_Tile]) -> list[torch.Tensor]:
-        return [worker.peaks(pieces) for _, pieces in tiles]
+    def look(worker: _Worker, share: Sequence[_Tile]) -> bool:
+        return any(tiny(worker.peaks(pieces)) for _, pieces in share)
+
+    def tiny(peaks: torch.Tensor) -> bool:
+        return bool(((peaks > 0) & (peaks < shortest)).any())
 
     with _Crew(job, dtype) as crew:
-        tiles = list(_tiles(job.sizes, crew.chunk))
+        tiles = list(compress(_tiles(job.sizes, crew.chunk), suspects))
         if crew.by_tiles(tiles):
-            found = [peaks for part in crew.share(look, tiles) for peaks in part]
-        else:
-            found = [
-                torch.stack(crew.share(_Worker.peaks, pieces)).amax(0)
-                for _, pieces in tiles
-            ]
-    return any(
-        bool((((peaks > 0) & (peaks < shortest)) | (peaks > longest)).any())
-        for peaks in found
-    )
+            return any(crew.share(look, tiles))
+        return any(tiny(crew.peaks(pieces)) for _, pieces in tiles)
 
 
 def _refuse_nonfinite(job: _Job) -> None:
     """Raise NonFiniteError for the first input that holds NaN or infinity."""
-    batch = job.batch
     for index, tensor in enumerate(job.inputs):
-        for output, weight in enumerate(tensor.detach().unflatten(0, (batch, -1))):
-            if not all(bound.isfinite() for bound in torch.aminmax(weight)):
-                raise NonFiniteError(output, None if index == job.models else index)
+        alone = replace(job, inputs=(tensor.detach(),), models=1)
+        with _Crew(alone, job.scratch_dtype) as crew:
+            for outer, pieces in _tiles(job.sizes, crew.chunk):
+                bad = ~crew.peaks(pieces).isfinite().flatten(1).all(1)
+                if bad.any():
+                    first = outer.start + int(bad.nonzero()[0])
+                    output = first * job.batch // job.sizes[0]
+                    raise NonFiniteError(output, None if index == job.models else index)
+
+
+def _refuse_overflow(squares: torch.Tensor) -> None:
+    if not squares.isfinite().all():
+        raise OverflowError("a task vector is beyond the range of float64")

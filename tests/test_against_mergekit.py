@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
+from functools import cache
 from itertools import cycle
 
 import pytest
@@ -39,6 +40,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+@cache
 def task_vectors(
     shape: tuple[int, ...], granularity: str, first_kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,44 +72,43 @@ def assert_same(
     tolerance: float = 1e-12,
 ) -> None:
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    for index in vectors(theirs.shape, granularity):
-        gap = (ours[index] - theirs[index]).norm()
-        assert gap <= tolerance * theirs[index].norm()
+    dim = {"tensor": None, "row": -1, "column": 0}[granularity]
+    gap = torch.linalg.vector_norm(ours - theirs, dim=dim)
+    assert (gap <= tolerance * torch.linalg.vector_norm(theirs, dim=dim)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 @pytest.mark.parametrize("with_base", [False, True], ids=["raw", "base"])
-def test_nuslerp(with_base, flags, shape, weights, kind):
+def test_nuslerp(with_base, flags, shape, weights):
     flatten, row_wise = flags
+    if BEFORE_0_1_5 and shape == (1, 16, 16) and flags == FLAGS["last dim"]:
+        pytest.skip("mergekit 0.1.4 squeezes away the dimension of size one")
     granularity = from_flags(flatten=flatten, row_wise=row_wise)
-    a, b = task_vectors(shape, granularity, kind)
-    base = whole_numbers(*shape) if with_base else torch.zeros_like(a)
-    tensors = [base + a, base + b]
-
     total = sum(weights)
     t = weights[1] / total if total else 0.5
-    dim = 0 if row_wise else -1
-    try:
+    for kind in KINDS:
+        a, b = task_vectors(shape, granularity, kind)
+        base = whole_numbers(*shape) if with_base else torch.zeros_like(a)
+        tensors = [base + a, base + b]
         merged = mergekit_nuslerp_function(
-            t, tensors[0] - base, tensors[1] - base, dim=dim, flatten=flatten
+            t,
+            tensors[0] - base,
+            tensors[1] - base,
+            dim=0 if row_wise else -1,
+            flatten=flatten,
         )
-    except IndexError:
-        if BEFORE_0_1_5 and len(shape) > 2 and 1 in shape:
-            pytest.skip("mergekit 0.1.4 squeezes away a dimension of size one")
-        raise
-    with warnings.catch_warnings():
-        if not total:
-            warnings.simplefilter("ignore", RuntimeWarning)
-        ours = nuslerp(
-            tensors,
-            weights,
-            base=base if with_base else None,
-            granularity=granularity,
-        )
-    assert_same(ours, base + merged, granularity)
+        with warnings.catch_warnings():
+            if not total:
+                warnings.simplefilter("ignore", RuntimeWarning)
+            ours = nuslerp(
+                tensors,
+                weights,
+                base=base if with_base else None,
+                granularity=granularity,
+            )
+        assert_same(ours, base + merged, granularity)
 
 
 @pytest.mark.parametrize("kind", KINDS)

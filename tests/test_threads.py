@@ -54,16 +54,17 @@ def test_any_number_of_threads_gives_the_same_merge(weights, granularity):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_several_threads_take_part(weights, granularity, monkeypatch):
-    seen, read = set(), kernel._Worker.read
+    workers, threads, read = set(), set(), kernel._Worker.read
 
     def watched(self, piece):
-        seen.add(threading.get_ident())
+        workers.add(self)
+        threads.add(threading.get_ident())
         read(self, piece)
 
     monkeypatch.setattr(kernel._Worker, "read", watched)
     nuslerp(weights[:2], [1, 1], granularity=granularity)
-    assert len(seen) > 1
-    assert threading.get_ident() not in seen
+    assert len(workers) == 3
+    assert threading.get_ident() not in threads
 
 
 def test_the_number_of_threads_stays_as_it_was(weights):
