@@ -26,7 +26,7 @@ def fetch(folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     source = f"mergekit=={VERSION}"
     subprocess.run(
-        [*pip, "--no-binary=:all:", "--dest", str(folder), source], check=True
+        [*pip, "--no-binary=mergekit", "--dest", str(folder), source], check=True
     )
     with tarfile.open(folder / f"mergekit-{VERSION}.tar.gz") as archive:
         archive.extractall(folder, filter="data")

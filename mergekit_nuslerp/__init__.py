@@ -35,6 +35,8 @@ def __dir__() -> list[str]:
 def register() -> None:
     """Put the plugin into mergekit's registry now. Harmless when repeated.
 
+    Does nothing where MERGEKIT_NUSLERP=0 switches the plugin off.
+
     Raises:
         ImportError: mergekit is not installed.
     """

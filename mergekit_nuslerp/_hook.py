@@ -29,7 +29,7 @@ def arm():
         registry = sys.modules.get(REGISTRY)
         if registry is not None:
             install(registry)
-        elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        elif not any(type(f).__module__ == __name__ for f in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
     except Exception:
         # Whatever it is, it must not break `import torch`. `mergekit-nuslerp status`
@@ -71,18 +71,23 @@ def _refuse(registry, error):
 class _Finder:
     """Lets the registry be found as always, and acts after its execution."""
 
+    busy = False
+
     def find_spec(self, name, path=None, target=None):
-        if name != REGISTRY:
+        # Others may ask all finders too, and so come back here.
+        if name != REGISTRY or self.busy:
             return None
-        for finder in sys.meta_path:
-            find_spec = getattr(finder, "find_spec", None)
-            if finder is self or find_spec is None:
-                continue
-            spec = find_spec(name, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader)
-                return spec
+        self.busy = True
+        try:
+            for finder in sys.meta_path:
+                find_spec = getattr(finder, "find_spec", None)
+                spec = find_spec and find_spec(name, path, target)
+                if spec is not None:
+                    if spec.loader is not None:
+                        spec.loader = _Loader(spec.loader)
+                    return spec
+        finally:
+            self.busy = False
         return None
 
 
@@ -93,6 +98,8 @@ class _Loader:
         self._loader = loader
 
     def __getattr__(self, name):
+        if name.startswith("_"):  # a copy asks before it has anything
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def create_module(self, spec):
@@ -101,4 +108,5 @@ class _Loader:
     def exec_module(self, module):
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        install(module)
+        if not switched_off():  # perhaps since `import torch`
+            install(module)

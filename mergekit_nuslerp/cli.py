@@ -19,6 +19,7 @@ from mergekit_nuslerp import __version__, _hook, register
 # Run in a fresh interpreter, which has not imported this package by hand.
 _PROBE = """
 import json, sys
+sys.path[:] = [path for path in sys.path if path]  # not what lies in this directory
 from importlib.metadata import entry_points, version
 answer = {"entry": [e.value for e in entry_points(group="torch.backends")]}
 try:

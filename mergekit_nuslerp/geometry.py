@@ -13,28 +13,26 @@ from __future__ import annotations
 import torch
 
 # mergekit's bound: weights whose sum is smaller cannot be normalised.
-_MIN_WEIGHT_SUM = 1e-6
+MIN_WEIGHT_SUM = 1e-6
 
 # Rounding of a Gram matrix, in units of its dtype's precision: a cosine that is closer
 # to -1 cannot be told from it.
 _COSINE_ROUNDING = 32
 
 
-def normalize_weights(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale weights to sum to one.
+def normalize_weights(weights: torch.Tensor) -> torch.Tensor:
+    """Scale weights to sum to one, or make them equal where they sum to almost zero.
 
     Args:
-        weights: `(..., N)`, any real values.
+        weights: `(..., N)`, any finite values, in a floating-point dtype.
 
     Returns:
-        The normalised weights `(..., N)`, and a boolean mask `(...)` of where the sum
-        was (almost) zero, so that the weights were made equal instead.
+        `(..., N)`.
     """
-    total = weights.sum(-1)
-    vanishing = total.abs() < _MIN_WEIGHT_SUM
-    equal = torch.full_like(weights, 1 / weights.shape[-1])
-    scaled = weights / torch.where(vanishing, 1, total).unsqueeze(-1)
-    return torch.where(vanishing.unsqueeze(-1), equal, scaled), vanishing
+    total = weights.sum(-1, keepdim=True)
+    vanishing = total.abs() < MIN_WEIGHT_SUM
+    scaled = weights / torch.where(vanishing, 1, total)
+    return torch.where(vanishing, 1 / weights.shape[-1], scaled)
 
 
 def slerp_coefficients(
@@ -75,7 +73,7 @@ def slerp_coefficients(
     tolerance = max(antipodal_tolerance, rounding)
     linear = (cosine >= 1) | (cosine <= tolerance - 1)
     cosine = torch.where(linear, 0, cosine)
-    # atan2 keeps its precision where acos loses it, at small and at wide angles.
+    # A product, since 1 - cosine^2 would lose the sine's digits near both ends.
     sine = ((1 - cosine) * (1 + cosine)).sqrt()
     theta = torch.atan2(sine, cosine).unsqueeze(-1)
     spherical = torch.sin(weights * theta) / sine.unsqueeze(-1)

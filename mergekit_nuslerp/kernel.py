@@ -24,7 +24,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from mergekit_nuslerp.geometry import normalize_weights, slerp_coefficients
+from mergekit_nuslerp.geometry import (
+    MIN_WEIGHT_SUM,
+    normalize_weights,
+    slerp_coefficients,
+)
 from mergekit_nuslerp.granularity import Granularity, storage_order, vector_view
 
 # Scratch of one thread. On a CPU, measured: small enough for the caches, large enough
@@ -110,6 +114,12 @@ def nuslerp(
         raise ValueError(f"tensors differ in shape: {[tuple(t.shape) for t in given]}")
     if any(tensor.device != given[0].device for tensor in given):
         raise ValueError(f"tensors differ in device: {[str(t.device) for t in given]}")
+    if abs(sum(weights)) < MIN_WEIGHT_SUM:
+        warnings.warn(
+            "NuSLERP weights sum to zero; the models are weighted equally instead",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return merge_batch(
         [tensor.unsqueeze(0) for tensor in tensors],
         torch.tensor([list(weights)], dtype=torch.float64),
@@ -146,16 +156,9 @@ def merge_batch(
             raise TypeError(f"NuSLERP needs floating-point tensors, not {tensor.dtype}")
         dtype = torch.promote_types(dtype, tensor.dtype)
     weights = weights.detach().to("cpu", torch.float64)
-    if not weights.isfinite().all():
-        raise ValueError(f"weights must be finite numbers: {weights.tolist()}")
-    weights, vanishing = normalize_weights(weights)
-    if vanishing.any():
-        warnings.warn(
-            "NuSLERP weights sum to zero; the models are weighted equally instead",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
+    if not weights.sum(-1).isfinite().all():
+        raise ValueError(f"weights and their sum must be finite: {weights.tolist()}")
+    weights = normalize_weights(weights)
     order = list(range(inputs[0].ndim))
     if granularity == "tensor":
         # One vector a weight: its elements may come in any order, so also as stored.
@@ -291,25 +294,29 @@ class _Worker:
         self.rows: torch.Tensor | None = None
         if chunk is not None:
             self.rows = _allocate((job.scratch_rows, chunk), dtype, job.device)
+        self.views: dict[torch.Size, list[torch.Tensor]] = {}
         self.held: _Piece | None = None
         self.vectors: list[torch.Tensor] = []
         self.base: torch.Tensor | None = None
 
-    def room(self, row: int, piece: torch.Tensor) -> torch.Tensor | None:
-        """Scratch in the shape of a piece, None where operations must allocate."""
+    def rooms(self, shape: torch.Size) -> Sequence[torch.Tensor | None]:
+        """Scratch for pieces of one shape, all None where operations must allocate."""
         if self.rows is None:
-            return None
-        return self.rows[row, : piece.numel()].view(piece.shape)
+            return [None] * self.job.scratch_rows
+        if shape not in self.views:
+            # Kept: making views takes turns with the other threads.
+            self.views[shape] = list(self.rows[:, : prod(shape)].view(-1, *shape))
+        return self.views[shape]
 
     def read(self, piece: _Piece) -> None:
         """Hold the models' vectors in one piece, and the base that they start from."""
         if self.held is piece:
             return
-        values = []
-        for row, tensor in enumerate(self.job.inputs):
-            part = tensor[piece]
-            room = self.room(row, part)
-            values.append(part.to(self.dtype) if room is None else room.copy_(part))
+        parts = [tensor[piece] for tensor in self.job.inputs]
+        values = [
+            part.to(self.dtype) if room is None else room.copy_(part)
+            for part, room in zip(parts, self.rooms(parts[0].shape))
+        ]
         self.held, self.base = piece, None
         self.vectors = values[: self.job.models]
         if len(values) > self.job.models:
@@ -342,11 +349,8 @@ class _Worker:
             self.read(piece)
             factors = self.vectors
             if scale is not None:
-                factors = [
-                    vector * _over_elements(scale[..., n])
-                    for n, vector in enumerate(factors)
-                ]
-            room = self.room(-1, factors[0])
+                factors = [v * s for v, s in zip(factors, _over_elements(scale))]
+            room = self.rooms(factors[0].shape)[-1]
             sums = [
                 torch.mul(factors[i], factors[j], out=room).sum((1, 3))
                 for i, j in self.job.pairs
@@ -356,14 +360,13 @@ class _Worker:
         assert total is not None
         return total
 
-    def combine(self, piece: _Piece, coefficients: torch.Tensor) -> torch.Tensor:
+    def combine(self, piece: _Piece, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Step 3: base + sum of c_i v_i over a piece, not yet rounded."""
         self.read(piece)
         self.held = None  # overwritten now
         in_place = self.rows is not None
         result = self.base
-        for n, vector in enumerate(self.vectors):
-            factor = _over_elements(coefficients[..., n])
+        for vector, factor in zip(self.vectors, factors):
             if result is None:
                 result = torch.mul(vector, factor, out=vector if in_place else None)
             else:
@@ -375,18 +378,18 @@ class _Worker:
     def write(
         self,
         pieces: Sequence[_Piece],
-        coefficients: torch.Tensor,
+        factors: Sequence[torch.Tensor],
         result: torch.Tensor,
     ) -> None:
         """Combine pieces, and round them into the result."""
         # Backwards: the piece that was read last is still held.
         for piece in reversed(pieces):
-            result[piece] = self.combine(piece, coefficients)
+            result[piece] = self.combine(piece, factors)
 
 
-def _over_elements(values: torch.Tensor) -> torch.Tensor:
-    """One value a vector, `(outer, inner)`, in a shape that broadcasts over pieces."""
-    return values[:, None, :, None]
+def _over_elements(values: torch.Tensor) -> Sequence[torch.Tensor]:
+    """One value a vector, `(outer, inner, models)`, by model and to broadcast."""
+    return values.movedim(-1, 0)[:, :, None, :, None].unbind()
 
 
 def _allocate(
@@ -508,17 +511,19 @@ def _stream(
         tiles = list(enumerate(_tiles(job.sizes, crew.chunk)))
         squares = torch.empty(len(tiles), 2, dtype=job.wide_dtype, device=job.device)
 
-        def solve(products: torch.Tensor, number: int, outer: slice) -> torch.Tensor:
+        def solve(
+            products: torch.Tensor, number: int, outer: slice
+        ) -> Sequence[torch.Tensor]:
             gram = job.gram(products)
             lowest, highest = gram.diagonal(dim1=-2, dim2=-1).aminmax()
             squares[number, 0], squares[number, 1] = lowest, highest
-            return job.coefficients(gram, outer).to(dtype)
+            return _over_elements(job.coefficients(gram, outer).to(dtype))
 
         def merge(worker: _Worker, share: Sequence[tuple[int, _Tile]]) -> None:
             for number, (outer, pieces) in share:
                 scale = _scale(worker.peaks(pieces)) if scaled else None
-                coefficients = solve(worker.products(pieces, scale), number, outer)
-                worker.write(pieces, coefficients, result)
+                factors = solve(worker.products(pieces, scale), number, outer)
+                worker.write(pieces, factors, result)
 
         if crew.by_tiles([tile for _, tile in tiles]):
             crew.share(merge, tiles)
@@ -526,8 +531,8 @@ def _stream(
         for number, (outer, pieces) in tiles:
             scale = _scale(crew.peaks(pieces)) if scaled else None
             products = crew.share(partial(_Worker.products, scale=scale), pieces)
-            coefficients = solve(torch.stack(products).sum(0), number, outer)
-            write = partial(_Worker.write, coefficients=coefficients, result=result)
+            factors = solve(torch.stack(products).sum(0), number, outer)
+            write = partial(_Worker.write, factors=factors, result=result)
             crew.share(write, pieces)
     return result, squares
 
@@ -543,7 +548,8 @@ def _record(job: _Job) -> torch.Tensor:
     if not gram.isfinite().all():
         _refuse_nonfinite(job)
         _refuse_overflow(gram)
-    return worker.combine(pieces[0], job.coefficients(gram, outer)).to(job.dtype)
+    factors = _over_elements(job.coefficients(gram, outer))
+    return worker.combine(pieces[0], factors).to(job.dtype)
 
 
 def _scale(peaks: torch.Tensor) -> torch.Tensor:

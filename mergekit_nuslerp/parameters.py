@@ -86,45 +86,73 @@ def validate(
 
 
 def check_models(
-    models: Sequence[Hashable], base: Hashable | None, *, where: str | None = None
+    models: Sequence[Hashable],
+    base: Hashable | None,
+    *,
+    place: str | None = None,
+    tensor: str | None = None,
 ) -> None:
     """Refuse a merge of more or fewer than two models besides the base.
 
     Args:
-        models: all inputs, the base among them or not.
+        models: all inputs, the base among them if there is one.
         base: the base model, None if there is none.
-        where: the tensor or slice concerned, for the message.
+        place: the part of the config concerned, for the message.
+        tensor: the tensor that the models were found to have, while merging.
 
     Raises:
         ConfigError: naming the models found, and what to write instead.
     """
+    where = f" for tensor {tensor}" if tensor else f" for {place}" if place else ""
     others = [str(model) for model in models if model != base]
+    listed = f" ({', '.join(others)})" if others else ""
+    if base is not None and base not in models:
+        if tensor:
+            remedy = (
+                f"The base model {base} does not have it, so there is no task vector. "
+                "Use models with the same tensors, or `mergekit-pytorch "
+                "--tensor-intersection`."
+            )
+        else:
+            remedy = (
+                f"The base model {base} is not among the models{listed}. Add it to the "
+                "sources, without a weight, or remove `base_model`."
+            )
+        raise ConfigError(f"nuslerp: Base input is not present{where}. {remedy}")
     if len(others) == MODELS:
         return
-    place = "" if where is None else f" for {where}"
-    listed = f" ({', '.join(others)})" if others else ""
-    if base is not None and base in models and len(models) == MODELS:
+    if len(others) > MODELS:
+        remedy = (
+            "Merge two at a time, or use `karcher` or `multislerp`, which take any "
+            "number of models."
+        )
+    elif tensor:
+        remedy = (
+            "The others do not have it. Use models with the same tensors, or "
+            "`mergekit-pytorch --tensor-intersection`."
+        )
+    elif base is not None and len(models) == MODELS:
         remedy = (
             f"The base model {base} is one of the two models listed. To interpolate "
             "the two, remove `base_model`; to interpolate task vectors, list two "
             "models besides it."
         )
-    elif len(others) < MODELS:
-        remedy = "List two models besides `base_model`, each with a `weight`."
     else:
         remedy = (
-            "Merge two at a time, or use `karcher` or `multislerp`, which take any "
-            "number of models."
+            "List two different models besides `base_model`, each with a `weight`; one "
+            "that is listed twice counts once."
         )
     raise ConfigError(
         f"nuslerp: exactly {MODELS} models besides the base are interpolated, but "
-        f"there are {len(others)}{place}{listed}. {remedy}"
+        f"there are {len(others)}{where}{listed}. {remedy}"
     )
 
 
-def nonfinite(tensor: str | None, model: Hashable) -> str:
+def nonfinite(tensor: str | None, model: Hashable, *, is_base: bool) -> str:
     """The message about an input that cannot be merged."""
+    name = "a tensor" if tensor is None else f"tensor {tensor}"
+    owner = f"the base model {model}" if is_base else f"model {model}"
     return (
-        f"nuslerp: tensor {tensor} of model {model} contains NaN or infinity. "
+        f"nuslerp: {name} of {owner} contains NaN or infinity. "
         "The checkpoint is damaged or its training diverged; use another one."
     )

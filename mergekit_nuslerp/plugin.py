@@ -7,55 +7,56 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 import mergekit_nuslerp
+from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM
 
 LOG = logging.getLogger(mergekit_nuslerp.__name__)
 
-# The registry's dict of methods in each mergekit, and the adapter for its interface.
+# For each mergekit that is known: the adapter, and the dict in its registry.
 _ADAPTERS = {
-    "_METHODS": "batch",  # 0.1.5
-    "REGISTERED_MERGE_METHODS": "task",  # 0.1.4
+    "0.1.5": ("batch", "_METHODS"),
+    "0.1.4": ("task", "REGISTERED_MERGE_METHODS"),
 }
 
 
 def install(registry: ModuleType) -> None:
     """Replace mergekit's own `nuslerp` in its registry. Harmless when repeated.
 
-    A mergekit with another interface keeps its own method, with a warning.
+    A mergekit of another version keeps its own method, with a warning: a merge that
+    fails half-way, because something has moved, would be worse.
 
     Args:
         registry: the module `mergekit.merge_methods.registry`, executed.
     """
-    found = [name for name in _ADAPTERS if hasattr(registry, name)]
-    methods: dict[str, Any] = getattr(registry, found[0]) if found else {}
+    installed = mergekit_version()
+    release = re.match(r"\d+\.\d+\.\d+", installed)
+    adapter, attribute = _ADAPTERS.get(release[0] if release else "", ("", ""))
+    methods: dict[str, Any] = getattr(registry, attribute, {}) if attribute else {}
     if "nuslerp" not in methods:
-        _leave("it has no registry of methods with a nuslerp in it that we know")
+        LOG.warning(
+            "mergekit-nuslerp %s does not know mergekit %s, whose own nuslerp stays in "
+            "place; it knows %s",
+            mergekit_nuslerp.__version__,
+            installed,
+            " and ".join(_ADAPTERS),
+        )
         return
     package = f"{mergekit_nuslerp.__name__}.adapters"
-    if type(methods["nuslerp"]).__module__.startswith(package):
-        return
+    if not type(methods["nuslerp"]).__module__.startswith(package):
+        methods["nuslerp"] = importlib.import_module(f"{package}.{adapter}").make()
+
+
+def mergekit_version() -> str:
     try:
-        adapter = importlib.import_module(f"{package}.{_ADAPTERS[found[0]]}")
-    except ImportError as error:
-        # What the adapter builds on is not where it was.
-        if error.name is None or error.name.split(".")[0] != "mergekit":
-            raise
-        _leave(str(error))
-        return
-    methods["nuslerp"] = adapter.make()
-
-
-def _leave(reason: str) -> None:
-    LOG.warning(
-        "mergekit-nuslerp %s does not know this mergekit, whose own nuslerp stays in "
-        "place: %s",
-        mergekit_nuslerp.__version__,
-        reason,
-    )
+        return version("mergekit")
+    except PackageNotFoundError:
+        return "of unknown version"
 
 
 @cache
@@ -69,3 +70,15 @@ def announce() -> None:
         "(MERGEKIT_NUSLERP=0 switches it off)",
         mergekit_nuslerp.__version__,
     )
+
+
+@cache
+def warn_of_zero_sum(weights: tuple[float, ...], tensor: str | None) -> None:
+    """Say that weights cannot be normalised, once for a tensor."""
+    if abs(sum(weights)) < MIN_WEIGHT_SUM:
+        LOG.warning(
+            "nuslerp: the weights of tensor %s, %s, sum to zero; the models are "
+            "weighted equally instead",
+            tensor,
+            weights,
+        )

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from mergekit import merge_methods
 from mergekit.io.tasks import LoadTensor
-from support import load_tensors, merge_here
+from support import LAYERS, load_tensors, merge_here
 
-from mergekit_nuslerp import parameters
+from mergekit_nuslerp import parameters, plugin
 from mergekit_nuslerp.parameters import ConfigError
 
 # mergekit 0.1.4 refuses values that are no numbers before a method sees them.
@@ -96,7 +96,6 @@ def test_a_weight_that_is_no_number_on_the_older_mergekit(config, refused):
     assert "weight" in refused(config, ValueError)
 
 
-@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes all but zero for true")
 @pytest.mark.parametrize("name", list(parameters.Shared.model_fields))
 def test_a_flag_that_is_no_flag(config, refused, name):
     config["parameters"] = {name: 0.5}
@@ -124,6 +123,27 @@ def test_a_base_that_is_one_of_the_two(config, refused):
     assert_names(message, "remove `base_model`")
 
 
+def test_a_base_that_is_missing_from_a_slice(config, refused):
+    sources = [{**model, "layer_range": [0, 4]} for model in config.pop("models")]
+    config["slices"] = [{"sources": sources}]
+    message = refused(config)
+    assert_names(message, "base model ./base is not among the models", "./sft, ./kd")
+    assert_names(message, "Add it to the sources")
+
+
+def test_weights_that_sum_to_zero_are_told_once_a_tensor(
+    config, checkpoints, tmp_path, caplog
+):
+    for model, weight in zip(config["models"], (0.5, -0.5)):
+        entry = {"filter": "q_proj", "value": weight}
+        model["parameters"]["weight"] = [entry, {"value": 0.5}]
+    plugin.warn_of_zero_sum.cache_clear()
+    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+    told = [message for message in caplog.messages if "sum to zero" in message]
+    assert len(told) == LAYERS
+    assert all("q_proj" in message for message in told)
+
+
 def test_a_base_that_is_listed_needs_no_weight(config, checkpoints, tmp_path):
     merge_here(yaml.dump(config), tmp_path / "a", cwd=checkpoints)
     config["models"].append({"model": "./base"})
@@ -143,3 +163,5 @@ def test_a_message_without_a_place_is_still_a_sentence():
         parameters.validate("weight", None)
     with pytest.raises(ConfigError, match="there are 0"):
         parameters.check_models([], None)
+    with pytest.raises(ConfigError, match=r"for tensor q \(a\).*others do not have it"):
+        parameters.check_models(["a"], None, tensor="q")

@@ -198,14 +198,26 @@ def test_output_dtype():
 
 
 @only_batched
-@pytest.mark.parametrize("culprit, named", [(0, "./base"), (1, "./sft"), (2, "./kd")])
+@pytest.mark.parametrize(
+    "culprit, named",
+    [(0, "the base model ./base"), (1, "model ./sft"), (2, "model ./kd")],
+)
 def test_nan_names_tensor_and_model(culprit, named):
     state = {name: {"w": torch.randn(3, 4)} for name in ("./base", "./sft", "./kd")}
     state[("./base", "./sft", "./kd")[culprit]]["w"][1, 2] = float("nan")
-    with pytest.raises(ValueError, match=f"tensor w of model {named} contains NaN"):
+    with pytest.raises(ValueError, match=f"tensor w of {named} contains NaN"):
         merge_state_dicts(
             state, "nuslerp", base="./base", parameters={"weight": [0.3, 0.7]}
         )
+
+
+@only_batched
+def test_one_tensor_object_for_base_and_model():
+    x, y = torch.randn(2, 8)
+    merged = merge_tensors(
+        [x, x, y], "nuslerp", base_index=0, parameters={"weight": [0.3, 0.7]}
+    )
+    torch.testing.assert_close(merged, oracle([x, y], (0.3, 0.7), x).float())
 
 
 @only_batched
@@ -282,7 +294,9 @@ def test_a_task_passes_on_what_only_one_model_has():
 def test_a_task_refuses_to_drop_the_base():
     planned, refs = task()
     tensors = {ref: torch.ones(3) for ref in refs[1:]}
-    with pytest.raises(RuntimeError, match=r"layers\.0\.w is missing from the base"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.w.*base model .* does not have it"
+    ):
         planned.execute(tensors)
 
 
@@ -303,6 +317,6 @@ def test_a_task_names_tensor_and_model_of_nan(culprit):
     planned, refs = task()
     tensors = {ref: torch.randn(3) for ref in refs}
     tensors[refs[culprit]][1] = float("inf")
-    expected = rf"layers\.0\.w of model {refs[culprit]} contains"
+    expected = rf"layers\.0\.w of (the base )?model {refs[culprit]} contains"
     with pytest.raises(ValueError, match=expected):
         planned.execute(tensors)

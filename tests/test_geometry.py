@@ -214,32 +214,26 @@ def test_two_models_only():
 )
 def test_normalised_weights_sum_to_one_in_proportion(weights, factor):
     given_weights = torch.tensor(weights, dtype=torch.float64)
-    normal, vanishing = normalize_weights(given_weights)
+    normal = normalize_weights(given_weights)
     size = normal.abs().sum().item()
-    assert not vanishing
     assert normal.sum().item() == pytest.approx(1, abs=1e-14 * size)
     torch.testing.assert_close(normal * given_weights.sum(), given_weights)
-    scaled, _ = normalize_weights(factor * given_weights)
+    scaled = normalize_weights(factor * given_weights)
     torch.testing.assert_close(scaled, normal, rtol=1e-9, atol=1e-14 * size)
 
 
 @pytest.mark.parametrize("weights", [[1, -1], [0, 0], [5e-7, 4e-7], [3, -1, -2]])
 def test_weights_that_sum_to_zero_are_made_equal(weights):
-    normal, vanishing = normalize_weights(torch.tensor(weights, dtype=torch.float64))
-    assert vanishing
+    normal = normalize_weights(torch.tensor(weights, dtype=torch.float64))
     assert (normal == 1 / len(weights)).all()
 
 
 def test_small_weights_are_not_taken_for_zero():
-    normal, vanishing = normalize_weights(
-        torch.tensor([3e-6, 7e-6], dtype=torch.float64)
-    )
-    assert not vanishing
+    normal = normalize_weights(torch.tensor([3e-6, 7e-6], dtype=torch.float64))
     torch.testing.assert_close(normal, weights_of(0.7))
 
 
 def test_weights_of_a_batch_are_normalised_each_on_its_own():
     weights = torch.tensor([[1.0, 3.0], [1.0, -1.0], [2.0, -1.0]], dtype=torch.float64)
-    normal, vanishing = normalize_weights(weights)
-    assert vanishing.tolist() == [False, True, False]
+    normal = normalize_weights(weights)
     assert normal.tolist() == [[0.25, 0.75], [0.5, 0.5], [2.0, -1.0]]

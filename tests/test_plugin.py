@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -175,29 +176,81 @@ def test_registering_again_changes_nothing():
     assert merge_methods.get("nuslerp") is method
 
 
-@pytest.mark.parametrize(
-    "unknown",
-    [SimpleNamespace(), SimpleNamespace(_METHODS={}), SimpleNamespace(methods={})],
-)
-def test_an_unknown_mergekit_is_left_alone_with_a_warning(unknown, caplog):
-    before = repr(unknown)
-    plugin.install(unknown)
-    assert repr(unknown) == before
+@pytest.mark.parametrize("version", ["0.1.3", "0.1.6", "0.2.0", "1.0", "of no version"])
+def test_an_unknown_mergekit_is_left_alone_with_a_warning(version, monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "mergekit_version", lambda: version)
+    own = object()
+    methods = {"nuslerp": own}
+    plugin.install(SimpleNamespace(_METHODS=methods, REGISTERED_MERGE_METHODS=methods))
+    assert methods == {"nuslerp": own}
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "does not know this mergekit" in record.message
+    assert f"does not know mergekit {version}" in record.message
+    assert "0.1.5 and 0.1.4" in record.message
 
 
-def test_an_interface_that_moved_is_left_alone_with_a_warning(monkeypatch, caplog):
-    def moved(_name):
-        raise ImportError("cannot import name 'Task'", name="mergekit.graph")
+@pytest.mark.parametrize("version", ["0.1.5.dev3+g1234", "0.1.4.post1"])
+def test_builds_of_a_known_mergekit_are_known(version, monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "mergekit_version", lambda: version)
+    methods = {"nuslerp": merge_methods.get("nuslerp")}
+    plugin.install(SimpleNamespace(_METHODS=methods, REGISTERED_MERGE_METHODS=methods))
+    assert not caplog.records
 
-    monkeypatch.setattr(plugin.importlib, "import_module", moved)
-    own = object()
-    fake = SimpleNamespace(_METHODS={"nuslerp": own})
+
+def test_a_known_version_without_its_registry_is_left_alone(caplog):
+    fake = SimpleNamespace()
     plugin.install(fake)
-    assert fake._METHODS["nuslerp"] is own
-    assert "cannot import name 'Task'" in caplog.text
+    assert vars(fake) == {}
+    assert "stays in place" in caplog.text
+
+
+def test_finders_that_ask_all_finders_do_not_turn_in_circles():
+    code = """
+import sys, torch
+class Asker:
+    def find_spec(self, name, path=None, target=None):
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(name, path, target)):
+                return spec
+sys.meta_path.insert(0, Asker())
+for name in [n for n in sys.modules if n.startswith("mergekit_nuslerp")]:
+    del sys.modules[name]
+import mergekit_nuslerp, copy, importlib.util
+from mergekit import merge_methods
+print(type(merge_methods.get("nuslerp")).__module__)
+"""
+    result = python(code)
+    assert result.stdout.startswith("mergekit_nuslerp."), result.stderr
+
+
+def test_a_spec_that_was_found_can_be_copied():
+    finder = _hook._Finder()
+    spec = finder.find_spec(_hook.REGISTRY, merge_methods.__path__)
+    assert copy.copy(spec.loader)._loader is spec.loader._loader
+    assert spec.loader.get_source(_hook.REGISTRY)
+
+
+def test_the_switch_works_until_mergekit_is_imported():
+    code = (
+        "import torch, os; os.environ['MERGEKIT_NUSLERP'] = '0'\n"
+        "from mergekit import merge_methods as m\n"
+        "print(type(m.get('nuslerp')).__module__)"
+    )
+    assert python(code).stdout.startswith("mergekit.merge_methods.")
+
+
+@pytest.mark.parametrize("name", sorted(plugin._ADAPTERS.values()))
+def test_an_adapter_can_be_imported_first(name):
+    adapter, attribute = name
+    if not hasattr(registry, attribute):
+        pytest.skip("for another mergekit")
+    code = (
+        f"import mergekit_nuslerp.adapters.{adapter}\n"
+        "from mergekit import merge_methods as m\n"
+        "print(type(m.get('nuslerp')).__module__)"
+    )
+    result = python(code)
+    assert result.stdout.startswith("mergekit_nuslerp."), result.stderr
 
 
 def test_any_other_failure_shows_when_nuslerp_is_asked_for(monkeypatch):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from mergekit.merge_methods.batching import prepare_batches
 from mergekit_nuslerp import granularity, parameters
 from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
 from mergekit_nuslerp.parameters import Shared, nonfinite
-from mergekit_nuslerp.plugin import announce
+from mergekit_nuslerp.plugin import announce, warn_of_zero_sum
 
 
 class NuslerpParameter(ParameterSpec):
@@ -93,7 +94,7 @@ def _merge(
 ) -> torch.Tensor:
     base = None if batch.base_index is None else batch.tensors[batch.base_index]
     return merge_batch(
-        [tensor for tensor in batch.tensors if tensor is not base],
+        [t for index, t in enumerate(batch.tensors) if index != batch.base_index],
         weight,
         base=base,
         granularity=granularity.from_flags(
@@ -129,9 +130,12 @@ class NuslerpMethod(BatchedMergeMethod):
         group_name: str | None = None,
     ) -> None:
         announce()
-        distinct = len(set(input_ids)) == len(input_ids) and None not in input_ids
-        if distinct and (base_id is None or base_id in input_ids):
-            parameters.check_models(input_ids, base_id, where=group_name)
+        # Called for a slice when a config is planned, and for a tensor with the models
+        # that were found to have it.
+        planning = group_name is None or re.search(r"\.slices\[\d+\]$", group_name)
+        where = {"place" if planning else "tensor": group_name}
+        if None not in input_ids and len(set(input_ids)) == len(input_ids):
+            parameters.check_models(input_ids, base_id, **where)
         super().validate_inputs(input_ids, base_id, group_name=group_name)
 
     def _execute(
@@ -153,22 +157,20 @@ class NuslerpMethod(BatchedMergeMethod):
             tensors, kwargs = batch.pack(self.spec)
             # mergekit packs coefficients in float32, which would cost float32 merges
             # their last digit.
-            kwargs["weight"] = torch.tensor(
-                [
-                    parameters[index]["weight"].values_for(groups[index].non_base)
-                    for index in batch.indices
-                ],
-                dtype=torch.float64,
-            )
+            weights = [
+                parameters[index]["weight"].values_for(groups[index].non_base)
+                for index in batch.indices
+            ]
+            for index, values in zip(batch.indices, weights):
+                warn_of_zero_sum(tuple(values), groups[index].metadata.name)
+            kwargs["weight"] = torch.tensor(weights, dtype=torch.float64)
             try:
                 merged = self.merge_batch(tensors, **kwargs)
             except NonFiniteError as error:
                 group = groups[batch.indices[error.output]]
-                entry = (
-                    group.base if error.model is None else group.non_base[error.model]
-                )
-                assert entry is not None
-                message = nonfinite(group.metadata.name, entry.id)
+                is_base = error.model is None
+                entry = group.base if is_base else group.non_base[error.model]
+                message = nonfinite(group.metadata.name, entry.id, is_base=is_base)
                 raise ValueError(message) from None
             if out_dtype is not None:
                 merged = merged.to(dtype=out_dtype)

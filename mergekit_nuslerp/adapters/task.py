@@ -19,7 +19,8 @@ from mergekit.merge_methods.rectify_embed import rectify_embed_sizes
 from mergekit_nuslerp import parameters
 from mergekit_nuslerp.granularity import Granularity, from_flags
 from mergekit_nuslerp.kernel import NonFiniteError, nuslerp
-from mergekit_nuslerp.plugin import announce
+from mergekit_nuslerp.parameters import check_models
+from mergekit_nuslerp.plugin import announce, warn_of_zero_sum
 
 
 class NuslerpTask(Task[torch.Tensor]):
@@ -48,12 +49,7 @@ class NuslerpTask(Task[torch.Tensor]):
             # An optional weight that only one of the models has.
             (only,) = tensors.values()
             return only
-        if self.base_model is not None and self.base_model not in tensors:
-            raise RuntimeError(
-                f"nuslerp: tensor {name} is missing from the base model "
-                f"{self.base_model}, so there is no task vector to interpolate"
-            )
-        parameters.check_models(list(tensors), self.base_model, where=name)
+        parameters.check_models(list(tensors), self.base_model, tensor=name)
         models = [model for model in tensors if model != self.base_model]
         if self.base_model is not None:
             models.append(self.base_model)
@@ -78,7 +74,9 @@ class NuslerpTask(Task[torch.Tensor]):
             )
         except NonFiniteError as error:
             model = models[-1 if error.model is None else error.model]
-            raise ValueError(parameters.nonfinite(name, model)) from None
+            is_base = model == self.base_model
+            message = parameters.nonfinite(name, model, is_base=is_base)
+            raise ValueError(message) from None
 
     def _agreed(self, inputs: List[torch.Tensor]) -> torch.Tensor:
         """Integers and booleans are copied where all models agree, as 0.1.5 does."""
@@ -120,6 +118,8 @@ class NuslerpMethod(MergeMethod):
         shared, weights = _validated(
             output_weight.name, parameters, tensor_parameters, base_model
         )
+        check_models(_sources(tensors), base_model, place=output_weight.name)
+        warn_of_zero_sum(tuple(weights.values()), output_weight.name)
         return NuslerpTask(
             gather_tensors=tensors,
             weights=ImmutableMap(weights),
@@ -144,21 +144,23 @@ def _definitions(declaration: type) -> List[ConfigParameterDef]:
     ]
 
 
+def _sources(tensors: MergeTensorInput) -> List[ModelReference]:
+    """The models that a weight will be gathered from, in mergekit's order."""
+    gather: Any = getattr(tensors, "gather_tensors", tensors)
+    return list(getattr(gather, "weight_info", None) or gather.tensors)
+
+
 def _validated(
     tensor: str,
     shared: ImmutableMap[str, Any],
     per_model: ImmutableMap[ModelReference, ImmutableMap[str, Any]],
     base: Optional[ModelReference],
 ) -> Tuple[Dict[str, Any], Dict[ModelReference, float]]:
-    parameters.check_models(list(per_model), base, where=tensor)
-    values = {}
-    for name in parameters.Shared.model_fields:
-        value = shared[name]
-        if parameters.FIELDS[name].annotation is bool and isinstance(value, float):
-            # mergekit 0.1.4 reads booleans as numbers, interpolates them in gradients
-            # and takes all but zero for true.
-            value = bool(value)
-        values[name] = parameters.validate(name, value, tensor=tensor)
+    # mergekit 0.1.4 reads true and false as 1.0 and 0.0, which count as both here.
+    values = {
+        name: parameters.validate(name, shared[name], tensor=tensor)
+        for name in parameters.Shared.model_fields
+    }
     weights = {
         model: parameters.validate(
             "weight", per_model[model]["weight"], model=model, tensor=tensor
