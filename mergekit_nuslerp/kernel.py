@@ -293,7 +293,8 @@ class _Worker:
         self.dtype = dtype
         self.rows: torch.Tensor | None = None
         if chunk is not None:
-            self.rows = _allocate((job.scratch_rows, chunk), dtype, job.device)
+            shape = (job.scratch_rows, chunk)
+            self.rows = torch.empty(shape, dtype=dtype, device=job.device)
         self.views: dict[torch.Size, list[torch.Tensor]] = {}
         self.held: _Piece | None = None
         self.vectors: list[torch.Tensor] = []
