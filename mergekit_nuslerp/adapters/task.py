@@ -18,7 +18,7 @@ from mergekit.merge_methods.rectify_embed import rectify_embed_sizes
 
 from mergekit_nuslerp import parameters
 from mergekit_nuslerp.granularity import Granularity, from_flags
-from mergekit_nuslerp.kernel import NonFiniteError, nuslerp
+from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
 from mergekit_nuslerp.parameters import check_models
 from mergekit_nuslerp.plugin import announce, warn_of_zero_sum
 
@@ -66,12 +66,15 @@ class NuslerpTask(Task[torch.Tensor]):
 
         base = None if self.base_model is None else inputs.pop()
         try:
-            return nuslerp(
-                inputs,
-                [self.weights[model] for model in models[: len(inputs)]],
-                base=base,
+            return merge_batch(
+                [tensor.unsqueeze(0) for tensor in inputs],
+                torch.tensor(
+                    [[self.weights[model] for model in models[: len(inputs)]]],
+                    dtype=torch.float64,
+                ),
+                base=None if base is None else base.unsqueeze(0),
                 granularity=self.granularity,
-            )
+            ).squeeze(0)
         except NonFiniteError as error:
             model = models[-1 if error.model is None else error.model]
             is_base = model == self.base_model
