@@ -424,7 +424,7 @@ class _Crew:
         count = min(self.threads, _MAX_THREADS, ceil(elements / chunk)) if on_cpu else 1
         self.workers = [_Worker(job, dtype, self.chunk) for _ in range(count)]
         self.pool: ThreadPoolExecutor | None = None
-        # Both are properties of a thread.
+        # A mode of the calling thread, which its workers have to be given.
         self.inference = torch.is_inference_mode_enabled()
 
     def __enter__(self) -> _Crew:
