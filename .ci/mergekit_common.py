@@ -19,6 +19,14 @@ from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.merge import MergeOptions, run_merge
 
+_PICO = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_hidden_layers": 2,
+}
+
 
 def _save(model: transformers.PreTrainedModel, path: Path | str) -> str:
     model.save_pretrained(path, safe_serialization=True)
@@ -26,14 +34,7 @@ def _save(model: transformers.PreTrainedModel, path: Path | str) -> str:
 
 
 def make_picollama(path: Path | str, vocab_size: int = 64) -> str:
-    config = transformers.LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_hidden_layers=2,
-    )
+    config = transformers.LlamaConfig(vocab_size=vocab_size, **_PICO)
     return _save(transformers.LlamaForCausalLM(config), path)
 
 
@@ -45,14 +46,7 @@ def make_gpt2size(path: Path | str) -> str:
 
 
 def make_picogranite(path: Path | str) -> str:
-    config = transformers.GraniteConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_hidden_layers=2,
-    )
+    config = transformers.GraniteConfig(vocab_size=64, **_PICO)
     return _save(transformers.GraniteForCausalLM(config), path)
 
 

@@ -35,14 +35,14 @@ def measure(method: str, granularity: str, elements: int) -> None:
     print((_high_water() - before) / MIB, result.nbytes / MIB)
 
 
-def table(elements: int = 2**28, *, theirs: bool = True) -> None:
+def table(elements: int = 2**28) -> None:
     print(f"\n### Memory: {elements:,} elements in bfloat16 with a base\n")
     print("MiB added to the peak of the process by one merge, the result included.\n")
     print("| vectors | result | mergekit | plugin | plugin, beside the result |")
     print("|---|---|---|---|---|")
     for granularity in GRANULARITIES:
         added = {}
-        for method in ("theirs", "ours") if theirs else ("ours",):
+        for method in ("theirs", "ours"):
             code = (
                 "from benchmarks.memory import measure; "
                 f"measure({method!r}, {granularity!r}, {elements})"
@@ -52,7 +52,7 @@ def table(elements: int = 2**28, *, theirs: bool = True) -> None:
             )
             added[method], result = map(float, done.stdout.split()[-2:])
         print(
-            f"| {granularity} | {result:.0f} | {added.get('theirs', float('nan')):.0f} "
+            f"| {granularity} | {result:.0f} | {added['theirs']:.0f} "
             f"| {added['ours']:.0f} | {added['ours'] - result:.0f} |",
             flush=True,
         )

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 MODELS = 2
 
@@ -33,8 +33,6 @@ class PerModel(BaseModel):
 
 class Shared(BaseModel):
     """Parameters with one value for all models."""
-
-    model_config = ConfigDict(frozen=True)
 
     nuslerp_row_wise: bool = Field(
         default=False,

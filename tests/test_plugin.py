@@ -21,29 +21,24 @@ import mergekit.merge_methods.registry as registry
 import pytest
 from click.testing import CliRunner
 from mergekit import merge_methods
+from support import Finished, clean_environment, run_command
 
 import mergekit_nuslerp
 from mergekit_nuslerp import _hook, cli, plugin
 
 PACKAGE = Path(mergekit_nuslerp.__file__).parent
-METHODS = next(
-    getattr(registry, name)
-    for name in ("_METHODS", "REGISTERED_MERGE_METHODS")
-    if hasattr(registry, name)
-)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, **environment: str) -> Finished:
     """Run code in a fresh interpreter, with the plugin's switches as given."""
-    switches = {"MERGEKIT_NUSLERP", "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-    inherited = {k: v for k, v in os.environ.items() if k not in switches}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**inherited, **environment},
-        cwd=tempfile.gettempdir(),  # not where a copy of the package lies
-        capture_output=True,
-        text=True,
-        check=False,
+    return run_command(
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        code,
+        cwd=Path(tempfile.gettempdir()),  # not where a copy of the package lies
+        env=clean_environment(**environment),
     )
 
 

@@ -42,7 +42,10 @@ class NuslerpParameter(ParameterSpec):
 
     def validate(self, value: Any) -> Any:
         given = None if value is MISSING else value
-        return parameters.validate(self.name, given, **_resolved_for())
+        try:
+            return parameters.validate(self.name, given)
+        except parameters.ConfigError:  # once more, for a message that says where
+            return parameters.validate(self.name, given, **_resolved_for())
 
 
 def _resolved_for() -> dict[str, Any]:

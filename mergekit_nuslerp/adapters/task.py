@@ -49,7 +49,7 @@ class NuslerpTask(Task[torch.Tensor]):
             # An optional weight that only one of the models has.
             (only,) = tensors.values()
             return only
-        parameters.check_models(list(tensors), self.base_model, tensor=name)
+        check_models(list(tensors), self.base_model, tensor=name)
         models = [model for model in tensors if model != self.base_model]
         if self.base_model is not None:
             models.append(self.base_model)
