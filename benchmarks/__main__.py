@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from benchmarks import exactness, memory, speed, startup, whole
+from benchmarks import accelerator, exactness, many, memory, speed, startup, whole
 from benchmarks.cases import machine
 
 TABLES = {
@@ -15,7 +15,9 @@ TABLES = {
     "exactness": exactness.table,
     "exactness-large": exactness.large,
     "memory": memory.table,
+    "many": many.table,
     "whole": whole.table,
+    "accelerator": accelerator.table,
 }
 
 

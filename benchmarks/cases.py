@@ -34,6 +34,12 @@ class Case:
             f"{dtype} | {self.granularity} | {'yes' if self.base is not None else 'no'}"
         )
 
+    @property
+    def bytes(self) -> int:
+        """What has to be read and written at least."""
+        inputs = len(self.tensors) + (self.base is not None)
+        return (inputs + 1) * self.tensors[0].nbytes
+
     def ours(self) -> torch.Tensor:
         return nuslerp(
             self.tensors, WEIGHTS, base=self.base, granularity=self.granularity
@@ -54,13 +60,17 @@ class Case:
 
 
 def cases(
-    shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], *, seed: int = 0
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Iterator[Case]:
     """Weights like a language model's, and task vectors of 2 % of their length."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal() -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=device)
 
     start = 0.02 * normal()
     a, b = (start + 0.02 * 0.02 * normal() for _ in range(2))

@@ -1,23 +1,31 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""Spherical interpolation from inner products alone.
+"""Spherical means from inner products alone.
 
-The interpolated point lies in the span of its inputs, so its coefficients depend
-only on the inputs' Gram matrix. Everything here works on small tensors: one N x N
-matrix a vector, however long the vectors are.
+The weighted mean of directions lies in the span of its inputs, so its coefficients
+depend only on the inputs' Gram matrix. Everything here works on small tensors: one
+N x N matrix a vector, however long the vectors are.
 """
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
+
+Magnitude = Literal["slerp", "linear", "geometric"]
 
 # mergekit's bound: weights whose sum is smaller cannot be normalised.
 MIN_WEIGHT_SUM = 1e-6
 
 # Rounding of a Gram matrix, in units of its dtype's precision: a cosine that is closer
 # to -1 cannot be told from it.
-_COSINE_ROUNDING = 32
+_GRAM_ROUNDING = 32
+
+# Newton steps to a Karcher mean: five where vectors are close to orthogonal, a dozen
+# where they nearly cancel.
+_MAX_STEPS = 24
 
 
 def normalize_weights(weights: torch.Tensor) -> torch.Tensor:
@@ -35,46 +43,231 @@ def normalize_weights(weights: torch.Tensor) -> torch.Tensor:
     return torch.where(vanishing, 1 / weights.shape[-1], scaled)
 
 
-def slerp_coefficients(
-    gram: torch.Tensor, weights: torch.Tensor, *, antipodal_tolerance: float
-) -> torch.Tensor:
-    """Coefficients of two vectors in their spherical linear interpolation.
+def mean_coefficients(
+    gram: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    scale: torch.Tensor | None = None,
+    magnitude: Magnitude = "slerp",
+    antipodal_tolerance: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coefficients of N vectors v_i in their weighted spherical mean.
 
-    With the angle theta between v_0 and v_1 (radians), the result
-    c_0 v_0 + c_1 v_1 has c_i = sin(w_i theta) / sin(theta). Weights outside [0, 1]
-    extrapolate along the same great circle. A zero vector counts as orthogonal to
-    the other one. Parallel vectors take the formula's limit, c_i = w_i, and so do
-    antipodal ones, between which no great circle is singled out.
+    The mean's direction is sum c_i u_i with the unit vectors u_i = v_i / |v_i|: for
+    two vectors their spherical linear interpolation, for more their Karcher mean (see
+    `karcher_coefficients`). A zero vector counts as orthogonal to the others. Its
+    length is up to `magnitude`:
+
+    - `"slerp"`: the c_i are applied to the v_i themselves, as mergekit does.
+    - `"linear"`: sum w_i |v_i|, but not below zero.
+    - `"geometric"`: the product of |v_i|^w_i.
+
+    Where no mean direction is singled out, the result is linear: sum w_i v_i.
 
     Args:
-        gram: `(..., 2, 2)` inner products, float64 where the device has it.
-        weights: broadcastable to `(..., 2)`, of the same dtype, summing to one.
+        gram: `(..., N, N)` inner products, N >= 2, float64 where the device has it.
+        weights: broadcastable to `(..., N)`, of the same dtype, summing to one, and
+            for N > 2 none negative. Two vectors extrapolate along their great circle.
+        scale: broadcastable to `(..., N)`, positive: `gram` is that of the vectors
+            scale_i v_i, whose squares neither overflow nor vanish.
+        magnitude: the rule for the length.
         antipodal_tolerance: vectors with `1 + cos(theta)` up to this are antipodal.
 
     Returns:
-        `(..., 2)`, in the dtype of `gram`, with finite derivatives everywhere.
+        `(..., N)` coefficients of the v_i, in the dtype of `gram`, with finite
+        derivatives everywhere, and `(...)`, whether there is a unique mean direction.
 
-    Reference:
+    Raises:
+        ValueError: an unknown magnitude.
+
+    References:
         K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
+        S. Buss and J. Fillmore, "Spherical averages and applications to spherical
+        splines and interpolation", ACM Transactions on Graphics 20(2), 2001.
     """
-    if gram.shape[-1] != 2:
-        raise ValueError(
-            f"NuSLERP interpolates exactly two models, not {gram.shape[-1]}"
-        )
-    squared = gram.diagonal(dim1=-2, dim2=-1)
-    zero = squared == 0
-    # Each `where` below replaces what the formula cannot take *before* it is taken:
-    # selecting afterwards would still leave NaN in the derivative.
-    lengths = torch.where(zero, 1, squared).sqrt()
-    cosine = gram[..., 0, 1] / lengths.prod(-1)
-    cosine = torch.where(zero.any(-1), 0, cosine)
+    if magnitude not in get_args(Magnitude):
+        raise ValueError(f"magnitude must be one of {get_args(Magnitude)}")
+    weights = weights.expand(gram.shape[:-1])
+    zero = gram.diagonal(dim1=-2, dim2=-1) == 0
+    # Each `where` here and below replaces what the formula cannot take *before* it is
+    # taken: selecting afterwards would still leave NaN in the derivative.
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    cosines = gram / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
+    mean = _slerp if gram.shape[-1] == 2 else karcher_coefficients
+    directions, unique = mean(cosines, weights, antipodal_tolerance=antipodal_tolerance)
+    if magnitude != "slerp":
+        lengths = torch.where(zero, 0, lengths if scale is None else lengths / scale)
+        directions = _resize(directions, cosines, lengths, weights, magnitude)
+    return torch.where(unique.unsqueeze(-1), directions, weights), unique
 
-    rounding = _COSINE_ROUNDING * torch.finfo(gram.dtype).eps
-    tolerance = max(antipodal_tolerance, rounding)
-    linear = (cosine >= 1) | (cosine <= tolerance - 1)
+
+def _resize(
+    directions: torch.Tensor,
+    cosines: torch.Tensor,
+    lengths: torch.Tensor,
+    weights: torch.Tensor,
+    magnitude: Magnitude,
+) -> torch.Tensor:
+    """Coefficients of the v_i for a mean of a chosen length, from those of the u_i."""
+    zero = lengths == 0
+    nonzero = torch.where(zero, 1, lengths)
+    if magnitude == "linear":
+        length = (weights * lengths).sum(-1, keepdim=True).clamp(min=0)
+    else:
+        length = (weights * nonzero.log()).sum(-1, keepdim=True).exp()
+        vanishing = (zero & (weights != 0)).any(-1, keepdim=True)
+        length = torch.where(vanishing, 0, length)
+    # Of a unit vector, zero vectors leave less than a unit vector.
+    left = torch.where(zero, 0, directions)
+    square = (left.unsqueeze(-1) * cosines * left.unsqueeze(-2)).sum((-2, -1))
+    shortened = zero.any(-1) & (square > 0)
+    remainder = torch.where(shortened, square, 1).sqrt().unsqueeze(-1)
+    return left * length / nonzero / remainder
+
+
+def _slerp(
+    cosines: torch.Tensor, weights: torch.Tensor, *, antipodal_tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two unit vectors: c_i = sin(w_i theta) / sin(theta), theta in radians."""
+    cosine = cosines[..., 0, 1]
+    opposite = cosine <= _tolerance(cosines.dtype, antipodal_tolerance) - 1
+    unique = ~(opposite & (weights != 0).all(-1))
+    linear = (cosine >= 1) | opposite
     cosine = torch.where(linear, 0, cosine)
     # A product, since 1 - cosine^2 would lose the sine's digits near both ends.
     sine = ((1 - cosine) * (1 + cosine)).sqrt()
     theta = torch.atan2(sine, cosine).unsqueeze(-1)
     spherical = torch.sin(weights * theta) / sine.unsqueeze(-1)
-    return torch.where(linear.unsqueeze(-1), weights, spherical)
+    return torch.where(linear.unsqueeze(-1), weights, spherical), unique
+
+
+def karcher_coefficients(
+    cosines: torch.Tensor, weights: torch.Tensor, *, antipodal_tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coefficients of N unit vectors u_i in their weighted Karcher mean.
+
+    The mean m minimises sum w_i theta_i^2 / 2, with theta_i the angle (radians) between
+    m and u_i. There the weighted log maps cancel, so that with x_i = cos(theta_i)
+
+        m = sum c_i u_i,    c_i = w_i f(x_i) / sum_k w_k f(x_k) x_k,
+        f(x) = arccos(x) / sqrt(1 - x^2).
+
+    The denominator is the smallest eigenvalue of the Hessian. Where it is not positive,
+    the mean lies off the inputs' span, on either side of it alike. Newton's method
+    finds the means of all vectors side by side, from their normalised weighted sums.
+
+    Args:
+        cosines: `(..., N, N)` inner products of the unit vectors.
+        weights: `(..., N)`, of the same dtype, summing to one, none negative.
+        antipodal_tolerance: as in `mean_coefficients`.
+
+    Returns:
+        `(..., N)` coefficients, and `(...)`, whether they are those of a unique mean:
+        no two vectors that have a weight are antipodal, and the vectors do not cancel
+        so far that a coefficient is larger than two vectors can have that are not
+        antipodal (or, in float64, than 64, since the third power of a coefficient
+        multiplies rounding). Elsewhere the coefficients mean nothing. Derivatives of
+        first order are those of the mean; higher ones are not.
+
+    References:
+        H. Karcher, "Riemannian center of mass and mollifier smoothing",
+        Communications on Pure and Applied Mathematics 30(5), 1977.
+        S. Buss and J. Fillmore (2001), for Newton's method on the sphere.
+    """
+    tolerance = _tolerance(cosines.dtype, antipodal_tolerance)
+    epsilon = torch.finfo(cosines.dtype).eps
+    largest = (2 * max(tolerance, epsilon ** (1 / 4))) ** -0.5
+    with torch.no_grad():
+        counts = weights != 0
+        pairs = counts.unsqueeze(-1) & counts.unsqueeze(-2)
+        unique = ~(pairs & (cosines <= tolerance - 1)).flatten(-2).any(-1)
+        point, settled = weights, ~unique
+        for _ in range(_MAX_STEPS):
+            at = _LogMaps(point, cosines, weights)
+            left = at.total.abs().amax(-1)
+            settled = settled | (left <= _GRAM_ROUNDING * epsilon)
+            if settled.all():
+                break
+            # Each by itself, so that a vector comes out the same in any company.
+            moved = at.mean + at.newton_step()
+            point = torch.where(settled.unsqueeze(-1), point, moved)
+        # Where vectors all but cancel, rounding may keep a mean from settling fully.
+        left = at.total.abs().amax(-1)
+        unique &= (left <= epsilon**0.5) & (at.length() <= epsilon ** (2 / 3))
+        unique &= (at.smallest.squeeze(-1) > 0) & (at.solution.amax(-1) <= largest)
+    if not (torch.is_grad_enabled() and cosines.requires_grad):
+        return at.solution, unique
+    # One more step, recorded: by the implicit function theorem it has the derivative
+    # of the mean itself. Where there is none, take it on an orthonormal basis.
+    known = unique.unsqueeze(-1)
+    identity = torch.eye(cosines.shape[-1], dtype=cosines.dtype, device=cosines.device)
+    cosines = torch.where(known.unsqueeze(-1), cosines, identity)
+    weights = torch.where(known, weights, 1 / cosines.shape[-1])
+    at = _LogMaps(torch.where(known, at.mean, weights), cosines, weights)
+    return _LogMaps(at.mean + at.newton_step(), cosines, weights).solution, unique
+
+
+class _LogMaps:
+    """The weighted log maps of unit vectors at a point of their span.
+
+    Args:
+        mean: `(..., N)` coefficients of the point, up to a factor.
+        cosines: `(..., N, N)` inner products of the unit vectors.
+        weights: `(..., N)`.
+
+    Attributes:
+        mean: coefficients of the point as a unit vector.
+        total: `(..., N)`, coefficients of the sum of the log maps.
+        smallest: `(..., 1)`, the smallest eigenvalue of the Hessian.
+    """
+
+    def __init__(
+        self, mean: torch.Tensor, cosines: torch.Tensor, weights: torch.Tensor
+    ):
+        x = _product(cosines, mean)
+        length = (mean * x).sum(-1, keepdim=True).sqrt()
+        self.mean, x = mean / length, x / length
+        bound = 1 - 4 * torch.finfo(x.dtype).eps
+        at = x.detach().clamp(-bound, bound)
+        angle = at.acos()
+        sine = angle.sin()
+        ratio = angle / sine
+        # The derivative of -ratio. Autograd's own would lose its digits near x = 1.
+        self.slope = (1 - at * ratio) / sine.square()
+        if x.requires_grad:
+            ratio = ratio - self.slope * (x - x.detach())
+        self.pull = weights * ratio
+        self.smallest = (self.pull * x).sum(-1, keepdim=True)
+        self.total = self.pull - self.smallest * self.mean
+        self.cosines, self.weights, self.x = cosines, weights, x
+
+    @property
+    def solution(self) -> torch.Tensor:
+        """Coefficients `(..., N)` of the mean, if this is the mean."""
+        return self.pull / self.smallest
+
+    def length(self) -> torch.Tensor:
+        """Length `(...)` of the sum of the log maps."""
+        inner = _product(self.cosines, self.total)
+        return (self.total * inner).sum(-1).clamp(min=0).sqrt()
+
+    def newton_step(self) -> torch.Tensor:
+        """Coefficients `(..., N)` of the tangent vector that cancels the log maps."""
+        with torch.no_grad():
+            # Far from the mean the Hessian may not be positive: keep to descent.
+            smallest = torch.maximum(self.smallest, 0.1 * self.length().unsqueeze(-1))
+            curvature = (self.weights * self.slope).unsqueeze(-1) * self.cosines
+            along = self.x.unsqueeze(-2) @ curvature
+            hessian = curvature - self.mean.unsqueeze(-1) * along
+            hessian.diagonal(dim1=-2, dim2=-1).add_(smallest)
+        return torch.linalg.solve_ex(hessian, self.total)[0]
+
+
+def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _tolerance(dtype: torch.dtype, antipodal: float) -> float:
+    return max(antipodal, _GRAM_ROUNDING * torch.finfo(dtype).eps)

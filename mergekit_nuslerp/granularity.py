@@ -11,16 +11,20 @@ path, and a new granularity is one more line in `vector_view`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
 
 import torch
 
-Granularity = Literal["tensor", "row", "column"]
+# What users may write, with N the rows or columns in a block.
+NAMES = ("tensor", "matrix", "row", "column", "row:N", "column:N")
+
+# mergekit's `nuslerp_row_wise: true`, for tensors of more than two dimensions too.
+FIRST_DIMENSION = "dim0"
 
 
-def from_flags(*, flatten: bool, row_wise: bool) -> Granularity:
+def from_flags(*, flatten: bool, row_wise: bool) -> str:
     """Translate mergekit's two flags.
 
     `nuslerp_row_wise: true` makes the vectors run along dimension 0, so that one
@@ -29,39 +33,79 @@ def from_flags(*, flatten: bool, row_wise: bool) -> Granularity:
     """
     if flatten:
         return "tensor"
-    return "column" if row_wise else "row"
+    return FIRST_DIMENSION if row_wise else "row"
 
 
-def vector_view(shape: Sequence[int], granularity: Granularity) -> tuple[int, ...]:
+def parse(granularity: str) -> tuple[str, int]:
+    """Split a granularity into its kind and the rows or columns in a block.
+
+    Raises:
+        ValueError: not a granularity.
+    """
+    found = re.fullmatch(r"(row|column):([1-9]\d*)", granularity)
+    if found:
+        return found[1], int(found[2])
+    if granularity not in NAMES[:4] and granularity != FIRST_DIMENSION:
+        raise ValueError(
+            f"granularity must be one of {', '.join(NAMES)}, not {granularity!r}"
+        )
+    return granularity, 1
+
+
+def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, ...]:
     """Sizes `(outer, length, inner, width)` for weights of one batch.
 
     Args:
-        shape: `(batch, *weight_shape)`. The batch axis always separates vectors.
-        granularity: `"tensor"`, one vector a weight; `"row"`, vectors along the
-            last dimension; `"column"`, vectors along the first. Weights of fewer
-            than two dimensions are one vector whatever the granularity.
+        shape: `(batch, *weight_shape)`. The batch axis always separates vectors, and so
+            do the dimensions before the last two, but for `"tensor"` and `"dim0"`.
+        granularity: `"tensor"`, one vector a weight; `"matrix"`, one for its last two
+            dimensions; `"row"`, W[i, :]; `"column"`, W[:, j]; `"row:N"`, `"column:N"`,
+            N neighbours of them; `"dim0"`, vectors along the first dimension. Weights
+            of fewer than two dimensions are one vector whatever the granularity.
 
     Raises:
-        ValueError: an unknown granularity.
+        ValueError: an unknown granularity, or a block that does not divide its
+            dimension.
     """
+    kind, block = parse(granularity)
     batch, *weight = shape
-    if granularity not in ("tensor", "row", "column"):
-        raise ValueError(
-            f"granularity must be 'tensor', 'row' or 'column', not {granularity!r}"
-        )
-    if granularity == "tensor" or len(weight) < 2:
+    if kind == "tensor" or len(weight) < 2:
         return batch, 1, 1, prod(weight)
-    if granularity == "row":
-        return batch * prod(weight[:-1]), 1, 1, weight[-1]
-    return batch, weight[0], prod(weight[1:]), 1
+    if kind == FIRST_DIMENSION:
+        return batch, weight[0], prod(weight[1:]), 1
+    *leading, rows, columns = weight
+    matrices = batch * prod(leading)
+    if kind == "matrix":
+        return matrices, 1, 1, rows * columns
+    if kind == "row":
+        return matrices * _blocks(rows, block, "row"), 1, 1, block * columns
+    return matrices, rows, _blocks(columns, block, "column"), block
 
 
-def storage_order(tensor: torch.Tensor) -> list[int]:
-    """Dimensions of a batch from the slowest to the fastest in memory, batch first.
+def _blocks(size: int, block: int, kind: str) -> int:
+    if size % block:
+        divisors = [n for n in range(1, size + 1) if size % n == 0]
+        below = max(n for n in divisors if n < block)
+        near = [below, *(n for n in divisors if n > block)][:2]
+        raise ValueError(
+            f"granularity '{kind}:{block}' does not divide {size} {kind}s into equal "
+            f"blocks; {' or '.join(f'{kind}:{n}' for n in near)} would"
+        )
+    return size // block
 
-    Where a weight is one vector the order of its elements is free, so a transposed
-    weight can be read as it lies instead of through a contiguous copy.
+
+def storage_order(tensor: torch.Tensor, granularity: str) -> list[int]:
+    """Dimensions of a batch in an order in which it is cheap to read.
+
+    Where vectors take in whole dimensions, the order of their elements is free. So a
+    transposed weight can be read as it lies instead of through a contiguous copy.
+
+    Returns:
+        The order, batch first: for `"tensor"` and `"matrix"` from the slowest to the
+        fastest dimension in memory, else as they are.
     """
+    free = {"tensor": tensor.ndim - 1, "matrix": min(2, tensor.ndim - 1)}
+    first = tensor.ndim - free.get(granularity, 0)
     strides = tensor.stride()
-    weight_dims = range(1, tensor.ndim)
-    return [0, *sorted(weight_dims, key=lambda dim: -strides[dim])]
+    inside = sorted(range(first, tensor.ndim), key=lambda dim: -strides[dim])
+    return [*range(first), *inside]

@@ -14,22 +14,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations_with_replacement, compress, product
-from math import ceil, prod, sqrt
+from math import ceil, isfinite, prod, sqrt
 from threading import Barrier
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from mergekit_nuslerp.geometry import (
     MIN_WEIGHT_SUM,
+    Magnitude,
+    mean_coefficients,
     normalize_weights,
-    slerp_coefficients,
 )
-from mergekit_nuslerp.granularity import Granularity, storage_order, vector_view
+from mergekit_nuslerp.granularity import storage_order, vector_view
 
 # Scratch of one thread. On a CPU, measured: small enough for the caches, large enough
 # that starting an operation costs little beside running it. On an accelerator one
@@ -40,8 +41,15 @@ _SCRATCH_BYTES_ACCELERATOR = 192 * 1024 * 1024
 # Bounds the scratch of all threads; a few saturate the memory of most machines.
 _MAX_THREADS = 8
 
-# Vectors whose coefficients are worked out at once: bounds scratch for short vectors.
+# Vectors of a tile: bounds what is worked out at once for short vectors. For two
+# models; with more, Gram matrices are larger.
 _MAX_VECTORS = 16 * 1024
+
+# Tiles whose coefficients are worked out at once, with more than two models.
+_TILES_TOGETHER = 8
+
+# Matrix products of longer vectors are added up in blocks, for precision.
+_BLOCK_LENGTH = 8 * 1024
 
 # Vectors that run across memory are read in strips at least this long where they have
 # as many elements, so that adding up the strips' sums costs little.
@@ -65,38 +73,63 @@ class NonFiniteError(ValueError):
         return type(self), (self.output, self.model)
 
 
+class Merged(NamedTuple):
+    """A batch of merged weights, and what there is to say about it."""
+
+    result: torch.Tensor  # (batch, *weight_shape)
+    vectors: int  # in each weight
+    linear: torch.Tensor  # (batch,), those without a unique mean, merged linearly
+
+
 def nuslerp(
     tensors: Sequence[torch.Tensor],
     weights: Sequence[float],
     *,
     base: torch.Tensor | None = None,
-    granularity: Granularity = "tensor",
+    granularity: str = "tensor",
+    magnitude: Magnitude = "slerp",
+    lambda_: float = 1.0,
 ) -> torch.Tensor:
-    """Interpolate two weights on a sphere instead of on a line.
+    """Merge weights on a sphere instead of on a line.
+
+    Two are interpolated along a great circle; more are merged into their weighted
+    Karcher mean, which is the same for two.
 
     Args:
-        tensors: two floating-point tensors of one shape (any, also empty or strided)
-            and device. Dtypes may differ. They are not modified.
-        weights: one finite number a tensor; the interpolation runs at
-            t = w_1 / (w_0 + w_1), and beyond the ends where t is outside [0, 1].
-            Weights whose sum is below 1e-6 count as equal, with a warning.
-        base: interpolate the task vectors `tensors[i] - base` and add the base again.
-        granularity: which elements form one vector on the sphere: the whole
-            `"tensor"`, each `"row"` W[i, :] (the last dimension) or each `"column"`
-            W[:, j] (the first).
+        tensors: two or more floating-point tensors of one shape (any, also empty or
+            strided) and device. Dtypes may differ. They are not modified.
+        weights: one finite number a tensor; only their ratios matter. Two merge at
+            t = w_1 / (w_0 + w_1), and beyond the ends where t is outside [0, 1]. Of
+            more than two, none may be negative. Weights whose sum is below 1e-6 count
+            as equal, with a warning.
+        base: merge the task vectors `tensors[i] - base` and add the base again.
+        granularity: which elements form one vector on the sphere: the whole `"tensor"`,
+            each `"matrix"` (the last two dimensions), each `"row"` W[i, :] or
+            `"column"` W[:, j] of a matrix, `"row:N"` or `"column:N"` for N neighbours
+            of them, or each run along the first dimension, `"dim0"`. A tensor of fewer
+            than two dimensions is one vector.
+        magnitude: length of the result. `"slerp"` applies the coefficients of the
+            interpolated unit vectors to the vectors themselves, as mergekit does;
+            `"linear"` and `"geometric"` take the weighted mean of the lengths.
+        lambda_: scales the merged task vectors. Needs a base, unless 1.
 
     Returns:
         A new tensor of the inputs' shape, in their promoted dtype. It is computed in
         float32 for narrower inputs and in float64 for float32 and float64, and then
-        rounded. Differentiable (in reverse mode) in `tensors` and `base`; then all
-        is computed at once, and memory grows with the tensors.
+        rounded. Differentiable (in reverse mode, once) in `tensors` and `base`; then
+        all is computed at once, and memory grows with the tensors.
 
     Raises:
-        ValueError: not two tensors, weights that do not match or are not finite,
-            shapes or devices that differ.
+        ValueError: fewer than two tensors, weights that do not match, are not finite or
+            negative, shapes or devices that differ, a granularity that is unknown or
+            does not divide the shape, an unknown magnitude, lambda without a base.
         TypeError: integer, boolean or complex tensors.
         NonFiniteError: NaN or infinity in an input.
         OverflowError: task vectors beyond the range of float64.
+
+    Warns:
+        RuntimeWarning: weights that sum to zero, or vectors without a unique mean
+            (opposite ones, or ones that cancel), which are merged linearly.
 
     Example:
         >>> import torch
@@ -106,8 +139,8 @@ def nuslerp(
     """
     tensors = list(tensors)
     given = tensors if base is None else [*tensors, base]
-    if len(tensors) != 2:
-        raise ValueError(f"NuSLERP interpolates exactly two models, not {len(tensors)}")
+    if len(tensors) < 2:
+        raise ValueError(f"NuSLERP merges two models or more, not {len(tensors)}")
     if len(weights) != len(tensors):
         raise ValueError(f"{len(tensors)} tensors need as many weights: {weights}")
     if any(tensor.shape != given[0].shape for tensor in given):
@@ -120,12 +153,22 @@ def nuslerp(
             RuntimeWarning,
             stacklevel=2,
         )
-    return merge_batch(
+    merged = merge_batch(
         [tensor.unsqueeze(0) for tensor in tensors],
         torch.tensor([list(weights)], dtype=torch.float64),
         base=None if base is None else base.unsqueeze(0),
         granularity=granularity,
-    ).squeeze(0)
+        magnitude=magnitude,
+        lambda_=lambda_,
+    )
+    if merged.linear.any():
+        warnings.warn(
+            f"{int(merged.linear)} of {merged.vectors} vectors have no unique "
+            "spherical mean; they are merged linearly instead",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return merged.result.squeeze(0)
 
 
 def merge_batch(
@@ -133,51 +176,109 @@ def merge_batch(
     weights: torch.Tensor,
     *,
     base: torch.Tensor | None = None,
-    granularity: Granularity = "tensor",
-) -> torch.Tensor:
-    """`nuslerp` for a batch of weights of one shape.
+    granularity: str = "tensor",
+    magnitude: Magnitude = "slerp",
+    lambda_: float = 1.0,
+) -> Merged:
+    """`nuslerp` for a batch of weights of one shape, without its warnings.
 
     Args:
         tensors: one tensor a model, each `(batch, *weight_shape)`.
         weights: `(batch, models)`, on any device.
         base: `(batch, *weight_shape)` or None.
         granularity: as in `nuslerp`.
+        magnitude: as in `nuslerp`.
+        lambda_: as in `nuslerp`.
 
     Returns:
-        `(batch, *weight_shape)` in the inputs' promoted dtype.
+        The merged weights, in the inputs' promoted dtype, with how many of their
+        vectors had no unique mean.
 
     Raises:
         As `nuslerp`.
     """
-    inputs = list(tensors) if base is None else [*tensors, base]
-    dtype = inputs[0].dtype
-    for tensor in inputs:
-        if not tensor.is_floating_point():
-            raise TypeError(f"NuSLERP needs floating-point tensors, not {tensor.dtype}")
-        dtype = torch.promote_types(dtype, tensor.dtype)
     weights = weights.detach().to("cpu", torch.float64)
     if not weights.sum(-1).isfinite().all():
         raise ValueError(f"weights and their sum must be finite: {weights.tolist()}")
-    weights = normalize_weights(weights)
-    order = list(range(inputs[0].ndim))
-    if granularity == "tensor":
-        # One vector a weight: its elements may come in any order, so also as stored.
-        order = storage_order(inputs[0])
-        inputs = [tensor.permute(order) for tensor in inputs]
-    shape = inputs[0].shape
-    sizes = vector_view(shape, granularity)
-    if not prod(sizes):
-        return tensors[0].to(dtype, copy=True)
+    normalized = normalize_weights(weights)
     models = len(tensors)
-    job = _Job(
-        inputs=tuple(tensor.reshape(sizes) for tensor in inputs),
-        models=models,
-        batch=shape[0],
-        weights=weights,
-        dtype=dtype,
+    if models > 2 and (normalized < 0).any():
+        raise ValueError(
+            f"weights of more than two models must not be negative: {weights.tolist()}"
+        )
+    if not isfinite(lambda_) or (base is None and lambda_ != 1):
+        raise ValueError(
+            f"lambda must be finite, and 1 where there is no base, not {lambda_}"
+        )
+    order = storage_order(tensors[0], granularity)
+    job = _Job.of(
+        [tensor.permute(order) for tensor in tensors],
+        None if base is None else base.permute(order),
+        granularity,
+        weights=normalized,
+        magnitude=magnitude,
+        lambda_=lambda_,
     )
+    vectors = job.sizes[0] * job.sizes[2] // max(1, job.batch)
+    if not prod(job.sizes):
+        result = tensors[0].to(job.dtype, copy=True)
+        return Merged(result, vectors, torch.zeros(job.batch, dtype=torch.int64))
+    result, linear = _merge(job)
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return _merge(job).reshape(shape).permute(inverse)
+    shape = [tensors[0].shape[dim] for dim in order]
+    return Merged(result.reshape(shape).permute(inverse), vectors, linear)
+
+
+def gram_matrices(
+    tensors: Sequence[torch.Tensor],
+    *,
+    base: torch.Tensor | None = None,
+    granularity: str = "tensor",
+) -> torch.Tensor:
+    """The inner products that a merge of some weights would depend on.
+
+    Args:
+        tensors: as in `nuslerp`, one or more.
+        base: as in `nuslerp`.
+        granularity: as in `nuslerp`.
+
+    Returns:
+        `(vectors, N, N)` in the widest dtype of the device, computed in it. With a
+        base, N is the number of tensors and one: the last row and column are those of
+        the base itself, the others of the task vectors.
+
+    Raises:
+        As `nuslerp`. OverflowError for squares beyond the range of that dtype.
+    """
+    order = storage_order(tensors[0].unsqueeze(0), granularity)
+    job = _Job.of(
+        [tensor.detach().unsqueeze(0).permute(order) for tensor in tensors],
+        None if base is None else base.detach().unsqueeze(0).permute(order),
+        granularity,
+        measures_base=base is not None,
+    )
+    outer, _, inner, _ = job.sizes
+    shape = (outer, inner, job.vectors, job.vectors)
+    grams = torch.zeros(shape, dtype=job.wide_dtype, device=job.device)
+    if not prod(job.sizes):
+        return grams.flatten(0, 1)
+
+    def measure(worker: _Worker, share: Sequence[_Tile]) -> None:
+        for vectors, pieces in share:
+            grams[vectors, pieces[0][2]] = worker.gram(pieces, None)
+
+    with _Crew(job, job.wide_dtype) as crew:
+        tiles = list(job.tiles(crew.chunk))
+        if crew.by_tiles(tiles):
+            crew.share(measure, tiles)
+        else:
+            for vectors, pieces in tiles:
+                parts = crew.share(partial(_Worker.gram, scale=None), pieces)
+                grams[vectors, pieces[0][2]] = torch.stack(parts).sum(0)
+    if not grams.isfinite().all():
+        _refuse_nonfinite(job)
+        _refuse_overflow(grams)
+    return grams.flatten(0, 1)
 
 
 _T = TypeVar("_T")
@@ -194,8 +295,43 @@ class _Job:
     inputs: tuple[torch.Tensor, ...]  # the models, then the base if there is one
     models: int
     batch: int
-    weights: torch.Tensor  # (batch, models), summing to one
     dtype: torch.dtype  # of the result
+    # (batch, models), summing to one.
+    weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    magnitude: Magnitude = "slerp"
+    lambda_: float = 1.0
+    measures_base: bool = False  # whether Gram matrices are to hold the base, too
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        granularity: str,
+        **rest: Any,
+    ) -> _Job:
+        """Take each tensor, `(batch, *weight_shape)`, as vectors."""
+        inputs = list(tensors) if base is None else [*tensors, base]
+        dtype = inputs[0].dtype
+        for tensor in inputs:
+            if not tensor.is_floating_point():
+                raise TypeError(
+                    f"NuSLERP needs floating-point tensors, not {tensor.dtype}"
+                )
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        sizes = vector_view(inputs[0].shape, granularity)
+        return cls(
+            inputs=tuple(tensor.reshape(sizes) for tensor in inputs),
+            models=len(tensors),
+            batch=inputs[0].shape[0],
+            dtype=dtype,
+            **rest,
+        )
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors a Gram matrix is of."""
+        return self.models + self.measures_base
 
     @property
     def sizes(self) -> torch.Size:
@@ -208,7 +344,7 @@ class _Job:
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
         """The pairs of models whose inner products make up a Gram matrix."""
-        return list(combinations_with_replacement(range(self.models), 2))
+        return list(combinations_with_replacement(range(self.vectors), 2))
 
     @property
     def scratch_rows(self) -> int:
@@ -222,25 +358,51 @@ class _Job:
         return each.reshape(self.sizes[0], 1, self.models)
 
     @cached_property
-    def _square(self) -> torch.Tensor:
+    def square(self) -> torch.Tensor:
         """Where in `pairs` each element of a Gram matrix is."""
-        models = range(self.models)
+        vectors = range(self.vectors)
         places = [
-            [self.pairs.index((min(i, j), max(i, j))) for j in models] for i in models
+            [self.pairs.index((min(i, j), max(i, j))) for j in vectors] for i in vectors
         ]
         return torch.tensor(places, device=self.device)
 
-    def gram(self, products: torch.Tensor) -> torch.Tensor:
-        """Gram matrices `(outer, inner, models, models)` from products of pairs."""
-        return products[..., self._square]
+    def coefficients(
+        self, gram: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step 2.
 
-    def coefficients(self, gram: torch.Tensor, outer: slice) -> torch.Tensor:
-        """Step 2, for vectors of some outer indices: `(outer, inner, models)`."""
-        return slerp_coefficients(
+        Args:
+            gram: `(..., models, models)` inner products of the vectors times `scale`.
+            weights: `(..., models)`.
+            scale: `(..., models)`, or None for one.
+
+        Returns:
+            `(..., models)` coefficients of the vectors themselves, and `(...)`, whether
+            each has a unique mean.
+        """
+        values, unique = mean_coefficients(
             gram,
-            self.vector_weights[outer],
+            weights,
+            scale=None if scale is None else scale.to(gram.dtype),
+            magnitude=self.magnitude,
             antipodal_tolerance=torch.finfo(self.dtype).eps,
         )
+        return values * self.lambda_, unique
+
+    def linear(self, found: Sequence[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+        """How many vectors of each weight are not unique, `(batch,)`.
+
+        Args:
+            found: outer indices, and `(outer, inner)`, whether each is unique.
+        """
+        total = torch.zeros(self.sizes[0], dtype=torch.int64, device=self.device)
+        if not torch.cat([unique.flatten() for _, unique in found]).all():
+            for outer, unique in found:
+                total[outer] += (~unique).sum(-1)
+        return total.view(self.batch, -1).sum(-1)
+
+    def tiles(self, chunk: int) -> Iterator[_Tile]:
+        return _tiles(self.sizes, chunk, max(1, 4 * _MAX_VECTORS // self.vectors**2))
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -253,9 +415,7 @@ class _Job:
         return torch.float32 if self.dtype.itemsize < 4 else self.wide_dtype
 
 
-def _tiles(
-    sizes: Sequence[int], chunk: int, *, most: int | None = None
-) -> Iterator[_Tile]:
+def _tiles(sizes: Sequence[int], chunk: int, most: int) -> Iterator[_Tile]:
     """Cut a view into pieces of at most `chunk` elements and `most` vectors.
 
     Yields:
@@ -265,7 +425,6 @@ def _tiles(
     outer, length, inner, width = sizes
     run = min(width, chunk)
     strip = min(length, _STRIP_LENGTH)
-    most = _MAX_VECTORS if most is None else most
     columns = min(inner, max(1, chunk // (run * strip)), most)
     rows = min(length, max(1, chunk // (run * columns)))
     whole = rows == length and run == width
@@ -326,6 +485,8 @@ class _Worker:
                 torch.sub(vector, self.base, out=None if self.rows is None else vector)
                 for vector in self.vectors
             ]
+        if self.job.measures_base:
+            self.vectors.append(values[-1])
 
     def peaks(self, pieces: Sequence[_Piece]) -> torch.Tensor:
         """The largest absolute element of each vector, `(outer, inner, models)`."""
@@ -337,13 +498,13 @@ class _Worker:
         assert peaks is not None
         return peaks
 
-    def products(
+    def gram(
         self, pieces: Sequence[_Piece], scale: torch.Tensor | None
     ) -> torch.Tensor:
-        """Step 1: inner products of all pairs of models, `(outer, inner, pairs)`.
+        """Step 1: Gram matrices, `(outer, inner, models, models)`.
 
-        Sums over a piece are pairwise, and those over pieces in the wide dtype, so
-        that rounding does not grow with the length of the vectors.
+        Sums over a piece are pairwise or in blocks, and those over pieces in the wide
+        dtype, so that rounding does not grow with the length of the vectors.
         """
         total: torch.Tensor | None = None
         for piece in pieces:
@@ -351,15 +512,51 @@ class _Worker:
             factors = self.vectors
             if scale is not None:
                 factors = [v * s for v, s in zip(factors, _over_elements(scale))]
-            room = self.rooms(factors[0].shape)[-1]
-            sums = [
-                torch.mul(factors[i], factors[j], out=room).sum((1, 3))
-                for i, j in self.job.pairs
-            ]
-            found = torch.stack(sums, dim=-1).to(self.job.wide_dtype)
+            if scale is None and self.can_multiply(piece):
+                found = self.multiplied(factors[0].shape)
+            else:
+                found = self.summed(factors)
             total = found if total is None else total + found
         assert total is not None
         return total
+
+    def summed(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Gram matrices as sums of products of pairs."""
+        room = self.rooms(vectors[0].shape)[-1]
+        sums = [
+            torch.mul(vectors[i], vectors[j], out=room).sum((1, 3))
+            for i, j in self.job.pairs
+        ]
+        products = torch.stack(sums, dim=-1).to(self.job.wide_dtype)
+        return products[..., self.job.square]
+
+    def can_multiply(self, piece: _Piece) -> bool:
+        """Whether `multiplied` is as exact as `summed`, and faster."""
+        return (
+            self.rows is not None
+            and self.job.device.type == "cpu"
+            and piece[2].stop - piece[2].start == 1
+            and (
+                self.dtype == torch.float64
+                or (self.job.vectors > 2 and _multiplies_exactly())
+            )
+        )
+
+    def multiplied(self, shape: torch.Size) -> torch.Tensor:
+        """Gram matrices of the vectors held, as products of matrices."""
+        assert self.rows is not None
+        outer, length = shape[0], prod(shape[1:])
+        held = self.rows[: self.job.vectors, : prod(shape)].view(-1, outer, length)
+        if outer > 1 or length <= 2 * _BLOCK_LENGTH:
+            parts, rest = held.transpose(0, 1), None
+        else:
+            even = length - length % _BLOCK_LENGTH
+            blocks = held[:, 0, :even].unflatten(-1, (-1, _BLOCK_LENGTH))
+            parts, rest = blocks.transpose(0, 1), held[:, 0, even:]
+        found = torch.bmm(parts, parts.mT).to(self.job.wide_dtype)
+        if rest is not None:
+            found = found.sum(0, keepdim=True) + (rest @ rest.mT)
+        return found.unsqueeze(1)
 
     def combine(self, piece: _Piece, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Step 3: base + sum of c_i v_i over a piece, not yet rounded."""
@@ -388,6 +585,20 @@ class _Worker:
             result[piece] = self.combine(piece, factors)
 
 
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Values of vectors `(outer, inner, ...)` as `(vectors, ...)`."""
+    flat = [tensor.flatten(0, 1) for tensor in tensors]
+    return torch.cat(flat) if len(flat) > 1 else flat[0]
+
+
+def _multiplies_exactly() -> bool:
+    """Whether matrix products of float32 keep all its digits, as is the default."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # PyTorch's newer settings have been used beside this one
+        return False
+
+
 def _over_elements(values: torch.Tensor) -> Sequence[torch.Tensor]:
     """One value a vector, `(outer, inner, models)`, by model and to broadcast."""
     return values.movedim(-1, 0)[:, :, None, :, None].unbind()
@@ -408,7 +619,7 @@ def _allocate(
 
 
 class _Crew:
-    """Workers, each in a thread of its own.
+    """Workers, each in a thread of its own where that is faster.
 
     PyTorch would split every operation over its threads and wait for all of them
     after each: thousands of times for one weight, and long where another process
@@ -423,13 +634,15 @@ class _Crew:
         self.threads = torch.get_num_threads()
         count = min(self.threads, _MAX_THREADS, ceil(elements / chunk)) if on_cpu else 1
         self.workers = [_Worker(job, dtype, self.chunk) for _ in range(count)]
+        # Many small systems of equations are slow in several threads.
+        self.alone = on_cpu and (count > 1 or job.models > 2)
         self.pool: ThreadPoolExecutor | None = None
         # A mode of the calling thread, which its workers have to be given.
         self.inference = torch.is_inference_mode_enabled()
 
     def __enter__(self) -> _Crew:
         count = len(self.workers)
-        if count > 1:
+        if self.alone:
             self.pool = ThreadPoolExecutor(count, "nuslerp")
             met = Barrier(count)
 
@@ -462,39 +675,52 @@ class _Crew:
         """Let every worker do the task for its share of the items."""
         count = min(len(self.workers), len(items))
         shares = [items[start::count] for start in range(count)]
+        tasks = [partial(task, *pair) for pair in zip(self.workers, shares)]
         if self.pool is None:
-            return [task(self.workers[0], items)]
+            return [alone() for alone in tasks]
+        return list(self.pool.map(self._quietly, tasks))
 
-        def alone(worker: _Worker, part: Sequence[_T]) -> _R:
-            with torch.inference_mode(self.inference), torch.no_grad():
-                return task(worker, part)
+    def run(self, task: Callable[[], _R]) -> _R:
+        """Do a task in one of the workers' threads."""
+        return (
+            task()
+            if self.pool is None
+            else self.pool.submit(self._quietly, task).result()
+        )
 
-        return list(self.pool.map(alone, self.workers, shares))
+    def _quietly(self, task: Callable[[], _R]) -> _R:
+        with torch.inference_mode(self.inference), torch.no_grad():
+            return task()
 
 
-def _merge(job: _Job) -> torch.Tensor:
-    """Choose how the three steps run, and look at what the inner products showed."""
+def _merge(job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose how the three steps run, and look at what the inner products showed.
+
+    Returns:
+        The result in the job's view, and `(batch,)`, how many vectors of each weight
+        had no unique mean.
+    """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in job.inputs):
         return _record(job)
     job = replace(job, inputs=tuple(tensor.detach() for tensor in job.inputs))
-    result, squares = _stream(job, job.scratch_dtype)
+    result, squares, linear = _stream(job, job.scratch_dtype)
     short = squares[:, 0] < _smallest_square(job.dtype, job.scratch_dtype)
     finite = squares.isfinite().all()
     # One look for all pieces: an accelerator has to be waited for.
     if not short.any() and finite:
-        return result
+        return result, linear
     if not finite:
         _refuse_nonfinite(job)
     # Mostly this is a model that left vectors as they were, and all is well.
     if not finite or _has_tiny_vectors(job, short.tolist()):
-        result, squares = _stream(job, job.wide_dtype, scaled=True)
+        result, squares, linear = _stream(job, job.wide_dtype, scaled=True)
         _refuse_overflow(squares)
-    return result
+    return result, linear
 
 
 def _stream(
     job: _Job, dtype: torch.dtype, *, scaled: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Take a job through the steps piece by piece.
 
     Args:
@@ -504,53 +730,85 @@ def _stream(
             taking squares. Angles stay, overflow and underflow go.
 
     Returns:
-        The result in the job's view, and `(tiles, 2)` the smallest and the largest
-        squared length of a vector in each tile.
+        The result in the job's view, `(tiles, 2)` the smallest and the largest squared
+        length of a vector in each tile, and `(batch,)` the vectors merged linearly.
     """
     result = _allocate(job.sizes, job.dtype, job.device)
     with _Crew(job, dtype) as crew:
-        tiles = list(enumerate(_tiles(job.sizes, crew.chunk)))
+        tiles = list(enumerate(job.tiles(crew.chunk)))
+        # A Karcher mean takes a hundred small operations: rather than for each tile,
+        # carry them out for several, and read these once more.
+        together = 1 if job.models == 2 else _TILES_TOGETHER
         squares = torch.empty(len(tiles), 2, dtype=job.wide_dtype, device=job.device)
+        found: dict[int, tuple[slice, torch.Tensor]] = {}
 
         def solve(
-            products: torch.Tensor, number: int, outer: slice
-        ) -> Sequence[torch.Tensor]:
-            gram = job.gram(products)
-            lowest, highest = gram.diagonal(dim1=-2, dim2=-1).aminmax()
-            squares[number, 0], squares[number, 1] = lowest, highest
-            return _over_elements(job.coefficients(gram, outer).to(dtype))
+            group: Sequence[tuple[int, _Tile]],
+            grams: Sequence[torch.Tensor],
+            scales: Sequence[Any],
+        ) -> list[Sequence[torch.Tensor]]:
+            shapes = [gram.shape[:2] for gram in grams]
+            weights = []
+            for (number, (outer, _)), gram, shape in zip(group, grams, shapes):
+                lowest, highest = gram.diagonal(dim1=-2, dim2=-1).aminmax()
+                squares[number, 0], squares[number, 1] = lowest, highest
+                weights.append(job.vector_weights[outer].expand(*shape, -1))
+            values, unique = job.coefficients(
+                _joined(grams), _joined(weights), _joined(scales) if scaled else None
+            )
+            counts = [prod(shape) for shape in shapes]
+            factors = []
+            for (number, (outer, _)), shape, part, known in zip(
+                group, shapes, values.to(dtype).split(counts), unique.split(counts)
+            ):
+                found[number] = outer, known.view(shape)
+                factors.append(_over_elements(part.view(*shape, -1)))
+            return factors
 
         def merge(worker: _Worker, share: Sequence[tuple[int, _Tile]]) -> None:
-            for number, (outer, pieces) in share:
-                scale = _scale(worker.peaks(pieces)) if scaled else None
-                factors = solve(worker.products(pieces, scale), number, outer)
-                worker.write(pieces, factors, result)
+            for start in range(0, len(share), together):
+                group = share[start : start + together]
+                scales = [
+                    _scale(worker.peaks(pieces)) if scaled else None
+                    for _, (_, pieces) in group
+                ]
+                grams = [
+                    worker.gram(pieces, scale)
+                    for (_, (_, pieces)), scale in zip(group, scales)
+                ]
+                factors = solve(group, grams, scales)
+                # Backwards: what was read last is still held.
+                for (_, (_, pieces)), factor in zip(reversed(group), reversed(factors)):
+                    worker.write(pieces, factor, result)
 
         if crew.by_tiles([tile for _, tile in tiles]):
             crew.share(merge, tiles)
-            return result, squares
-        for number, (outer, pieces) in tiles:
-            scale = _scale(crew.peaks(pieces)) if scaled else None
-            products = crew.share(partial(_Worker.products, scale=scale), pieces)
-            factors = solve(torch.stack(products).sum(0), number, outer)
-            write = partial(_Worker.write, factors=factors, result=result)
-            crew.share(write, pieces)
-    return result, squares
+        else:
+            for tile in tiles:
+                _, (_, pieces) = tile
+                scale = _scale(crew.peaks(pieces)) if scaled else None
+                parts = crew.share(partial(_Worker.gram, scale=scale), pieces)
+                gram = torch.stack(parts).sum(0)
+                (factors,) = crew.run(partial(solve, [tile], [gram], [scale]))
+                write = partial(_Worker.write, factors=factors, result=result)
+                crew.share(write, pieces)
+    return result, squares, job.linear(list(found.values()))
 
 
-def _record(job: _Job) -> torch.Tensor:
+def _record(job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
     """All at once and in the widest dtype, for autograd, which keeps it all anyway."""
     worker = _Worker(job, job.wide_dtype, chunk=None)
-    ((outer, pieces),) = _tiles(job.sizes, prod(job.sizes), most=prod(job.sizes))
+    ((outer, pieces),) = _tiles(job.sizes, prod(job.sizes), prod(job.sizes))
     with torch.no_grad():
         scale = _scale(worker.peaks(pieces))
     worker.held = None  # read again, and recorded
-    gram = job.gram(worker.products(pieces, scale))
+    gram = worker.gram(pieces, scale)
     if not gram.isfinite().all():
         _refuse_nonfinite(job)
         _refuse_overflow(gram)
-    factors = _over_elements(job.coefficients(gram, outer))
-    return worker.combine(pieces[0], factors).to(job.dtype)
+    factors, unique = job.coefficients(gram, job.vector_weights, scale)
+    result = worker.combine(pieces[0], _over_elements(factors)).to(job.dtype)
+    return result, job.linear([(outer, unique)])
 
 
 def _scale(peaks: torch.Tensor) -> torch.Tensor:
@@ -585,7 +843,7 @@ def _has_tiny_vectors(job: _Job, suspects: Sequence[bool]) -> bool:
         return bool(((peaks > 0) & (peaks < shortest)).any())
 
     with _Crew(job, dtype) as crew:
-        tiles = list(compress(_tiles(job.sizes, crew.chunk), suspects))
+        tiles = list(compress(job.tiles(crew.chunk), suspects))
         if crew.by_tiles(tiles):
             return any(crew.share(look, tiles))
         return any(tiny(crew.peaks(pieces)) for _, pieces in tiles)
@@ -594,9 +852,9 @@ def _has_tiny_vectors(job: _Job, suspects: Sequence[bool]) -> bool:
 def _refuse_nonfinite(job: _Job) -> None:
     """Raise NonFiniteError for the first input that holds NaN or infinity."""
     for index, tensor in enumerate(job.inputs):
-        alone = replace(job, inputs=(tensor.detach(),), models=1)
+        alone = replace(job, inputs=(tensor.detach(),), models=1, measures_base=False)
         with _Crew(alone, job.scratch_dtype) as crew:
-            for outer, pieces in _tiles(job.sizes, crew.chunk):
+            for outer, pieces in job.tiles(crew.chunk):
                 bad = ~crew.peaks(pieces).isfinite().flatten(1).all(1)
                 if bad.any():
                     first = outer.start + int(bad.nonzero()[0])

@@ -8,17 +8,38 @@ mergekit resolves gradients and filters; what it resolves for one weight comes h
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import logging
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
 
-MODELS = 2
+from mergekit_nuslerp import granularity
+from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM, Magnitude
+
+LOG = logging.getLogger("mergekit_nuslerp")
+
+MIN_MODELS = 2
 
 
 class ConfigError(ValueError):
     """A merge configuration that cannot be run, found before any weight is read."""
+
+
+def _named(value: str) -> str:
+    granularity.parse(value)
+    if value == granularity.FIRST_DIMENSION:
+        raise ValueError("written as flags")
+    return value
 
 
 class PerModel(BaseModel):
@@ -31,22 +52,46 @@ class PerModel(BaseModel):
     )
 
 
-class Shared(BaseModel):
-    """Parameters with one value for all models."""
+class _Named(BaseModel):
+    """Those parameters of `Shared` whose names Python can spell."""
 
-    nuslerp_row_wise: bool = Field(
-        default=False,
+    nuslerp_row_wise: bool | None = Field(
+        default=None,
         description="true or false",
         examples=["`nuslerp_row_wise: false` under `parameters`"],
     )
-    nuslerp_flatten: bool = Field(
-        default=True,
+    nuslerp_flatten: bool | None = Field(
+        default=None,
         description="true or false",
         examples=["`nuslerp_flatten: true` under `parameters`"],
     )
+    nuslerp_granularity: Annotated[str, AfterValidator(_named)] | None = Field(
+        default=None,
+        description=f"one of {', '.join(granularity.NAMES)} with a number for N",
+        examples=["`nuslerp_granularity: row` under `parameters`"],
+    )
+    nuslerp_magnitude: Magnitude = Field(
+        default="slerp",
+        description="one of slerp, linear, geometric",
+        examples=["`nuslerp_magnitude: linear` under `parameters`"],
+    )
 
+
+_lambda = Field(
+    default=1.0,
+    allow_inf_nan=False,
+    description="a finite number",
+    examples=["`lambda: 0.5` under `parameters`"],
+)
+_unspellable: dict[str, Any] = {"lambda": (float, _lambda)}
+
+# Parameters with one value for all models.
+Shared: type[BaseModel] = create_model("Shared", __base__=_Named, **_unspellable)
 
 FIELDS = {**PerModel.model_fields, **Shared.model_fields}
+
+# mergekit 0.1.4 takes only numbers for parameters, and so does not have these.
+NAMED = ("nuslerp_granularity", "nuslerp_magnitude")
 
 
 @cache
@@ -83,6 +128,156 @@ def validate(
         ) from None
 
 
+def choose_granularity(shared: Mapping[str, Any], *, tensor: str | None = None) -> str:
+    """The granularity that three parameters ask for together.
+
+    Args:
+        shared: values of `Shared`, those that are missing or None not given.
+        tensor: the weight they were resolved for, for the message.
+
+    Raises:
+        ConfigError: parameters that contradict each other.
+    """
+    flatten = shared.get("nuslerp_flatten")
+    row_wise = shared.get("nuslerp_row_wise")
+    named = shared.get("nuslerp_granularity")
+    if named is None:
+        return granularity.from_flags(
+            flatten=flatten is not False, row_wise=bool(row_wise)
+        )
+    kind, _ = granularity.parse(named)
+    # mergekit reads `nuslerp_row_wise` only where `nuslerp_flatten` is false.
+    against = {
+        "nuslerp_flatten": flatten is not None and flatten != (kind == "tensor"),
+        "nuslerp_row_wise": row_wise is not None
+        and {"row": row_wise, "column": not row_wise}.get(kind, False),
+    }
+    for flag, contradicts in against.items():
+        if contradicts:
+            where = f" for tensor {tensor}" if tensor else ""
+            raise ConfigError(
+                f"nuslerp: `{flag}: {str(shared[flag]).lower()}` contradicts "
+                f"`nuslerp_granularity: {named}`{where}. Remove `{flag}`: "
+                "`nuslerp_granularity` says it all."
+            )
+    return named
+
+
+def check_together(
+    shared: Mapping[str, Any],
+    weights: Mapping[Hashable, float],
+    *,
+    has_base: bool,
+    tensor: str | None,
+    shape: Sequence[int] | None = None,
+) -> str:
+    """Check what no parameter shows alone, once for each weight.
+
+    Args:
+        shared: values of `Shared` under the names that users write.
+        weights: that of each model but the base.
+        has_base: whether task vectors are merged.
+        tensor: the weight's name, for messages.
+        shape: the weight's, if known.
+
+    Returns:
+        The granularity.
+
+    Raises:
+        ConfigError: naming the parameter and weight, and what to write instead.
+    """
+    where = f" for tensor {tensor}" if tensor else ""
+    chosen = choose_granularity(shared, tensor=tensor)
+    if shape is not None:
+        try:
+            granularity.vector_view((1, *shape), chosen)
+        except ValueError as error:
+            raise ConfigError(
+                f"nuslerp: {error}{where} of shape {tuple(shape)}. Give weights that "
+                "it does not fit another granularity with a filter."
+            ) from None
+    scale = shared.get("lambda", 1.0)
+    if not has_base and scale != 1:
+        raise ConfigError(
+            f"nuslerp: parameter 'lambda'{where} is {scale}, but without a base model "
+            "there are no task vectors to scale. Add `base_model`, or remove `lambda`."
+        )
+    values = list(weights.values())
+    total = sum(values)
+    if abs(total) < MIN_WEIGHT_SUM:
+        _warn_of_zero_sum(tuple(values), tensor)
+    elif len(values) > MIN_MODELS:
+        for model, value in weights.items():
+            if value / total < 0:
+                raise ConfigError(
+                    f"nuslerp: parameter 'weight' of model {model}{where} is {value}, "
+                    f"but the weights of {len(values)} models, {values}, must not have "
+                    "different signs: only two models have a line to go beyond. "
+                    "Write weights of at least 0."
+                )
+    return chosen
+
+
+@cache
+def _warn_of_zero_sum(weights: tuple[float, ...], tensor: str | None) -> None:
+    """Say that weights cannot be normalised, once for a tensor."""
+    LOG.warning(
+        "nuslerp: the weights of tensor %s, %s, sum to zero; the models are weighted "
+        "equally instead",
+        tensor,
+        weights,
+    )
+
+
+def warn_of_linear(linear: int, vectors: int, tensor: str | None) -> None:
+    """Say how many vectors of a tensor have been merged linearly."""
+    if linear:
+        LOG.warning(
+            "nuslerp: %d of %d vectors of tensor %s have no unique spherical mean "
+            "(they are opposite, or cancel); they are merged linearly instead",
+            linear,
+            vectors,
+            tensor,
+        )
+
+
+def check_names(config: BaseModel) -> None:
+    """Refuse parameters that mergekit would ignore because they are misspelt.
+
+    Args:
+        config: mergekit's, of a merge by `nuslerp`.
+
+    Raises:
+        ConfigError: a parameter that begins with `nuslerp_` and does not exist.
+    """
+    for name in dict.fromkeys(parameter_names(config)):
+        if name in FIELDS:
+            continue
+        near = get_close_matches(name, FIELDS, 1, cutoff=0.75)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        if name.startswith("nuslerp_"):
+            raise ConfigError(
+                f"nuslerp: there is no parameter {name!r}.{hint} The parameters are "
+                f"{', '.join(FIELDS)}."
+            )
+        if near:
+            LOG.warning("nuslerp: parameter %r has no effect.%s", name, hint)
+
+
+def parameter_names(node: Any) -> Iterator[str]:
+    """Names of all parameters in a config, which may stand at several levels."""
+    if isinstance(node, BaseModel):
+        for name in type(node).model_fields:
+            value = getattr(node, name)
+            yield from (value or ()) if name == "parameters" else parameter_names(value)
+    elif isinstance(node, Mapping):
+        for value in node.values():
+            yield from parameter_names(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from parameter_names(value)
+
+
 def check_models(
     models: Sequence[Hashable],
     base: Hashable | None,
@@ -90,7 +285,7 @@ def check_models(
     place: str | None = None,
     tensor: str | None = None,
 ) -> None:
-    """Refuse a merge of more or fewer than two models besides the base.
+    """Refuse a merge of fewer than two models besides the base.
 
     Args:
         models: all inputs, the base among them if there is one.
@@ -117,23 +312,18 @@ def check_models(
                 "sources, without a weight, or remove `base_model`."
             )
         raise ConfigError(f"nuslerp: Base input is not present{where}. {remedy}")
-    if len(others) == MODELS:
+    if len(others) >= MIN_MODELS:
         return
-    if len(others) > MODELS:
-        remedy = (
-            "Merge two at a time, or use `karcher` or `multislerp`, which take any "
-            "number of models."
-        )
-    elif tensor:
+    if tensor:
         remedy = (
             "The others do not have it. Use models with the same tensors, or "
             "`mergekit-pytorch --tensor-intersection`."
         )
-    elif base is not None and len(models) == MODELS:
+    elif base is not None and len(models) == MIN_MODELS:
         remedy = (
             f"The base model {base} is one of the two models listed. To interpolate "
-            "the two, remove `base_model`; to interpolate task vectors, list two "
-            "models besides it."
+            "the two, remove `base_model`; to merge task vectors, list two models "
+            "besides it."
         )
     else:
         remedy = (
@@ -141,8 +331,8 @@ def check_models(
             "that is listed twice counts once."
         )
     raise ConfigError(
-        f"nuslerp: exactly {MODELS} models besides the base are interpolated, but "
-        f"there are {len(others)}{where}{listed}. {remedy}"
+        f"nuslerp: at least {MIN_MODELS} models besides the base are merged, but there "
+        f"{'is' if len(others) == 1 else 'are'} {len(others)}{where}{listed}. {remedy}"
     )
 
 

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import mergekit_nuslerp
-from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM
 
 LOG = logging.getLogger(mergekit_nuslerp.__name__)
 
@@ -23,6 +22,8 @@ _ADAPTERS = {
     "0.1.5": ("batch", "_METHODS"),
     "0.1.4": ("task", "REGISTERED_MERGE_METHODS"),
 }
+
+_PACKAGE = f"{mergekit_nuslerp.__name__}.adapters"
 
 
 def install(registry: ModuleType) -> None:
@@ -34,22 +35,30 @@ def install(registry: ModuleType) -> None:
     Args:
         registry: the module `mergekit.merge_methods.registry`, executed.
     """
-    installed = mergekit_version()
-    release = re.match(r"\d+\.\d+\.\d+", installed)
-    adapter, attribute = _ADAPTERS.get(release[0] if release else "", ("", ""))
+    _, attribute = _known()
     methods: dict[str, Any] = getattr(registry, attribute, {}) if attribute else {}
     if "nuslerp" not in methods:
         LOG.warning(
             "mergekit-nuslerp %s does not know mergekit %s, whose own nuslerp stays in "
             "place; it knows %s",
             mergekit_nuslerp.__version__,
-            installed,
+            mergekit_version(),
             " and ".join(_ADAPTERS),
         )
         return
-    package = f"{mergekit_nuslerp.__name__}.adapters"
-    if not type(methods["nuslerp"]).__module__.startswith(package):
-        methods["nuslerp"] = importlib.import_module(f"{package}.{adapter}").make()
+    if not type(methods["nuslerp"]).__module__.startswith(_PACKAGE):
+        methods["nuslerp"] = adapter().make()
+
+
+def adapter() -> ModuleType:
+    """The adapter for the installed mergekit, which must be a known one."""
+    name, _ = _known()
+    return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+def _known() -> tuple[str, str]:
+    release = re.match(r"\d+\.\d+\.\d+", mergekit_version())
+    return _ADAPTERS.get(release[0] if release else "", ("", ""))
 
 
 def mergekit_version() -> str:
@@ -70,15 +79,3 @@ def announce() -> None:
         "(MERGEKIT_NUSLERP=0 switches it off)",
         mergekit_nuslerp.__version__,
     )
-
-
-@cache
-def warn_of_zero_sum(weights: tuple[float, ...], tensor: str | None) -> None:
-    """Say that weights cannot be normalised, once for a tensor."""
-    if abs(sum(weights)) < MIN_WEIGHT_SUM:
-        LOG.warning(
-            "nuslerp: the weights of tensor %s, %s, sum to zero; the models are "
-            "weighted equally instead",
-            tensor,
-            weights,
-        )

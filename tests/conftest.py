@@ -19,11 +19,32 @@ from support import LAYERS, Demo
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models `base`, `sft` and `kd`. Not to be written to."""
+    """A folder with tiny models `base`, `sft`, `kd`, `dpo`. Not to be written to."""
     from mergekit_nuslerp.checkpoints import write_checkpoints
 
     folder = tmp_path_factory.mktemp("checkpoints")
     write_checkpoints(folder, layers=LAYERS, hidden_size=32, vocabulary=272)
+    # One that went further from the base than the others.
+    far = tmp_path_factory.mktemp("far")
+    write_checkpoints(
+        far,
+        fine_tunes=["dpo"],
+        layers=LAYERS,
+        hidden_size=32,
+        vocabulary=272,
+        change=0.06,
+    )
+    (far / "dpo").rename(folder / "dpo")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, `sft`, `kd` with one layer, of rows and columns that 128 divides."""
+    from mergekit_nuslerp.checkpoints import write_checkpoints
+
+    folder = tmp_path_factory.mktemp("wide")
+    write_checkpoints(folder, layers=1, hidden_size=512, vocabulary=272)
     return folder
 
 

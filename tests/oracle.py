@@ -1,17 +1,18 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""What a merge should be: slow, in float64, vector by vector, by the textbook.
+"""What a merge should be: slow, in float64, on whole vectors, by the textbook.
 
-Written apart from the package and sharing no code with it: whole vectors instead of
-inner products, a loop instead of a view, the angle from a half-angle formula.
+Written apart from the package and sharing no code with it: log map, average and exp
+map on whole vectors instead of Newton steps on inner products, loops instead of views,
+angles from a half-angle formula.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -21,47 +22,182 @@ class Reference(NamedTuple):
     """A merge in float64, and how strongly each element feels rounding on the way."""
 
     value: torch.Tensor
-    # The size of the terms that add up to an element, over 1 + cos(theta): towards
-    # antipodal vectors the coefficients grow without bound, and so do their errors.
+    # The size of the terms that add up to an element, over how well determined the
+    # mean is: as vectors cancel the coefficients grow without bound, and so do errors.
     sensitivity: torch.Tensor
+    linear: int  # vectors without a unique mean
+
+
+class _Direction(NamedTuple):
+    """Means of unit vectors, a row each."""
+
+    mean: torch.Tensor
+    coefficients: torch.Tensor  # of the unit vectors
+    condition: torch.Tensor  # from 1 down to 0
+    straight: torch.Tensor  # whether the weights are the coefficients instead
+    unique: torch.Tensor
 
 
 def vectors(shape: Sequence[int], granularity: str) -> Iterator[tuple[Any, ...]]:
     """The index of each vector of a weight."""
-    if granularity == "tensor" or len(shape) < 2:
+    kind, _, size = granularity.partition(":")
+    every = slice(None)
+    if kind == "tensor" or len(shape) < 2:
         yield (...,)
-    elif granularity == "row":
-        for leading in product(*map(range, shape[:-1])):
-            yield (*leading, slice(None))
-    else:
+        return
+    if kind == "dim0":
         for trailing in product(*map(range, shape[1:])):
-            yield (slice(None), *trailing)
+            yield (every, *trailing)
+        return
+    *experts, rows, columns = shape
+    block = int(size or 1)
+    for expert in product(*map(range, experts)):
+        if kind == "matrix":
+            yield (*expert, every, every)
+        elif kind == "row":
+            for i in range(0, rows, block):
+                yield (*expert, slice(i, i + block), every)
+        else:
+            for j in range(0, columns, block):
+                yield (*expert, every, slice(j, j + block))
 
 
-def _unit(vector: torch.Tensor) -> torch.Tensor:
+def granularities(shape: Sequence[int]) -> list[str]:
+    """Every granularity, with blocks that divide a weight of this shape."""
+    rows, columns = shape[-2:] if len(shape) > 1 else (6, 6)
+    blocks = [
+        f"{kind}:{max([n for n in range(1, size) if size % n == 0], default=1)}"
+        for kind, size in (("row", rows), ("column", columns))
+    ]
+    return ["tensor", "matrix", "row", "column", "dim0", *blocks]
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
     # By the largest element first, so that no square overflows or vanishes.
-    vector = vector / vector.abs().max()
-    return vector / vector.norm()
+    largest = vectors.abs().amax(-1, keepdim=True)
+    vectors = vectors / torch.where(largest > 0, largest, 1)
+    length = vectors.norm(dim=-1, keepdim=True)
+    return vectors / torch.where(length > 0, length, 1)
 
 
-def _coefficients(
-    a: torch.Tensor, b: torch.Tensor, t: float, tolerance: float
-) -> tuple[float, float, float]:
-    """The two coefficients, and 1 + cos(theta), or 1 where they are linear."""
-    if a.any() and b.any():
-        a, b = _unit(a), _unit(b)
-        apart, together = (a - b).norm().item(), (a + b).norm().item()
-        theta = 2 * math.atan2(apart, together)
-        one_plus_cosine = together**2 / 2
+def _length(vectors: torch.Tensor) -> torch.Tensor:
+    largest = vectors.abs().amax(-1, keepdim=True)
+    vectors = vectors / torch.where(largest > 0, largest, 1)
+    return (largest * vectors.norm(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def angle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Between unit vectors, in radians, to the last digits whatever it is."""
+    return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
+
+
+def log_maps(mean: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """From one point on the sphere, tangents to others, as long as the way there."""
+    mean = mean.unsqueeze(-2)
+    tangents = units - (units * mean).sum(-1, keepdim=True) * mean
+    length = tangents.norm(dim=-1, keepdim=True)
+    theta = angle(mean, units).unsqueeze(-1)
+    return tangents * theta / torch.where(length > 0, length, 1)
+
+
+def _karcher(
+    units: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log maps, their average, exp map, and again: means, and whether they settled."""
+    share = weights.unsqueeze(-1)
+    mean = _unit((share * units).sum(-2))
+    moving = torch.ones(len(units), dtype=torch.bool)
+    for _ in range(2000):
+        here = mean[moving]
+        step = (share * log_maps(here, units[moving])).sum(-2)
+        size = step.norm(dim=-1, keepdim=True)
+        way = _unit(step)
+        mean[moving] = _unit(torch.cos(size) * here + torch.sin(size) * way)
+        moving[moving.clone()] = size.squeeze(-1) > 4e-15
+        if not moving.any():
+            break
+    return mean, ~moving
+
+
+def largest_coefficient(tolerance: float) -> float:
+    """Of three vectors or more that do not count as cancelling.
+
+    No two vectors that are not antipodal have larger ones; and above this, rounding of
+    float64 inner products would be felt.
+    """
+    return min(1 / math.sqrt(2 * tolerance), 64.0)
+
+
+def _of_many(
+    units: torch.Tensor, weights: torch.Tensor, tolerance: float
+) -> _Direction:
+    mean, unique = _karcher(units, weights)
+    theta = angle(mean.unsqueeze(-2), units)
+    ratio = torch.sinc(theta / math.pi)  # sin(theta) / theta
+    total = (weights * theta.cos() / ratio).sum(-1, keepdim=True)
+    coefficients = weights / ratio / torch.where(total == 0, math.inf, total)
+    unique &= total.squeeze(-1) > 0
+    unique &= coefficients.amax(-1) <= largest_coefficient(tolerance)
+    counted = weights.nonzero().flatten().tolist()
+    for i, j in combinations(counted, 2):
+        unique &= (units[:, i] + units[:, j]).square().sum(-1) / 2 > tolerance
+    condition = total.squeeze(-1).clamp(max=1).square()
+    condition = condition * torch.where(weights > 0, ratio, 1).amin(-1)
+    return _Direction(mean, coefficients, condition, ~unique, unique)
+
+
+def _of_two(units: torch.Tensor, weights: torch.Tensor, tolerance: float) -> _Direction:
+    first, second = units.unbind(-2)
+    theta = angle(first, second)
+    one_plus_cosine = (first + second).square().sum(-1) / 2
+    opposite = one_plus_cosine <= tolerance
+    straight = opposite | (theta == 0)
+    sines = torch.sin(weights * theta.unsqueeze(-1))
+    coefficients = sines / torch.where(straight, 1, torch.sin(theta)).unsqueeze(-1)
+    coefficients = torch.where(straight.unsqueeze(-1), weights, coefficients)
+    mean = _unit((coefficients.unsqueeze(-1) * units).sum(-2))
+    unique = ~opposite | (weights == 0).any()
+    condition = torch.where(straight, 1, one_plus_cosine)
+    return _Direction(mean, coefficients, condition, ~unique, unique)
+
+
+def _merge(
+    vectors: torch.Tensor, weights: torch.Tensor, magnitude: str, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Merge vectors, `(count, models, length)`: results, sensitivity, uniqueness."""
+    _, models, elements = vectors.shape
+    length = _length(vectors)
+    # Each zero vector gets a dimension of its own: orthogonal to everything.
+    own = (length == 0).unsqueeze(-1) * torch.eye(models, dtype=torch.float64)
+    units = torch.cat([_unit(vectors), own], -1)
+    find = _of_two if models == 2 else _of_many
+    mean, coefficients, condition, straight, unique = find(units, weights, tolerance)
+    weight = weights.unsqueeze(-1)
+    linear = (weight * vectors).sum(-2)
+    if magnitude == "slerp":
+        value = (coefficients.unsqueeze(-1) * vectors).sum(-2)
+        terms = vectors.abs().sum(-2)
     else:
-        theta, one_plus_cosine = math.pi / 2, 1.0
-    if theta == 0 or one_plus_cosine <= tolerance:
-        return 1 - t, t, 1.0
-    sine = math.sin(theta)
+        if magnitude == "linear":
+            long = (weights * length).sum(-1).clamp(min=0)
+            feels = (weights.abs() * length).sum(-1)
+        else:
+            logs = torch.where(length > 0, length, 1).log()
+            long = (weights * logs).sum(-1).exp()
+            long[((length == 0) & (weights != 0)).any(-1)] = 0
+            feels = long * (1 + (weights * logs).abs().sum(-1))
+        value = long.unsqueeze(-1) * _unit(mean[:, :elements])
+        left = mean[:, :elements].norm(dim=-1)
+        feels = feels / torch.where(left > 0, left, 1)
+        terms = feels.unsqueeze(-1) * units[..., :elements].abs().sum(-2)
+    reach = torch.cat([coefficients.abs(), weights.abs().expand_as(coefficients)], -1)
+    terms = terms * (reach.amax(-1).clamp(min=1) / condition).unsqueeze(-1)
+    plain = weights.abs().amax().clamp(min=1) * vectors.abs().sum(-2)
+    straight = straight.unsqueeze(-1)
     return (
-        math.sin((1 - t) * theta) / sine,
-        math.sin(t * theta) / sine,
-        one_plus_cosine,
+        torch.where(straight, linear, value),
+        torch.where(straight, plain, terms),
+        unique,
     )
 
 
@@ -70,30 +206,38 @@ def reference(
     weights: Sequence[float],
     base: torch.Tensor | None = None,
     granularity: str = "tensor",
+    *,
+    magnitude: str = "slerp",
+    lambda_: float = 1.0,
 ) -> Reference:
-    """Merge two weights, and say how well conditioned each element is."""
-    first, second = tensors
-    dtype = torch.promote_types(first.dtype, second.dtype)
-    if base is not None:
-        dtype = torch.promote_types(dtype, base.dtype)
-    tolerance = torch.finfo(dtype).eps
+    """Merge weights, and say how well conditioned each element is."""
+    given = [*tensors] if base is None else [*tensors, base]
+    dtype = given[0].dtype
+    for tensor in given:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    # No cosine in float64 is more exact than the second.
+    tolerance = max(torch.finfo(dtype).eps, 32 * torch.finfo(torch.float64).eps)
     total = sum(weights)
-    t = 0.5 if abs(total) < 1e-6 else weights[1] / total
+    shares = [1 / len(weights) if abs(total) < 1e-6 else w / total for w in weights]
 
-    origin = torch.zeros_like(first) if base is None else base
+    origin = torch.zeros_like(tensors[0]) if base is None else base
     origin = origin.detach().double()
-    a = first.detach().double() - origin
-    b = second.detach().double() - origin
-    value, sensitivity = torch.empty_like(a), torch.empty_like(a)
-    for index in vectors(a.shape, granularity):
-        if not a[index].numel():
-            continue
-        c0, c1, condition = _coefficients(a[index], b[index], t, tolerance)
-        value[index] = origin[index] + (c0 * a[index] + c1 * b[index])
-        largest = max(1.0, abs(t), abs(1 - t), abs(c0), abs(c1))
-        terms = largest * (a[index].abs() + b[index].abs())
-        sensitivity[index] = (origin[index].abs() + terms) / condition
-    return Reference(value, sensitivity)
+    moved = [tensor.detach().double() - origin for tensor in tensors]
+    value, sensitivity = origin.clone(), origin.abs()
+    if not value.numel():
+        return Reference(value, sensitivity, 0)
+    places = list(vectors(value.shape, granularity))
+    rows = [torch.stack([v[place].flatten() for place in places]) for v in moved]
+    merged, terms, unique = _merge(
+        torch.stack(rows, 1),
+        torch.tensor(shares, dtype=torch.float64),
+        magnitude,
+        tolerance,
+    )
+    for place, row, term in zip(places, lambda_ * merged, abs(lambda_) * terms):
+        value[place] += row.view_as(value[place])
+        sensitivity[place] += term.view_as(value[place])
+    return Reference(value, sensitivity, int((~unique).sum()))
 
 
 def oracle(
@@ -101,9 +245,14 @@ def oracle(
     weights: Sequence[float],
     base: torch.Tensor | None = None,
     granularity: str = "tensor",
+    *,
+    magnitude: str = "slerp",
+    lambda_: float = 1.0,
 ) -> torch.Tensor:
-    """The merge of two weights in float64."""
-    return reference(tensors, weights, base, granularity).value
+    """The merge of weights in float64."""
+    return reference(
+        tensors, weights, base, granularity, magnitude=magnitude, lambda_=lambda_
+    ).value
 
 
 def assert_rounded_once(
@@ -112,13 +261,18 @@ def assert_rounded_once(
     weights: Sequence[float],
     base: torch.Tensor | None = None,
     granularity: str = "tensor",
+    *,
+    magnitude: str = "slerp",
+    lambda_: float = 1.0,
 ) -> None:
     """Every element is within half a unit in the last place of the exact merge.
 
     On top of that comes only what arithmetic of at least twice the input's precision
     leaves behind, or as much for float64, which has no wider dtype.
     """
-    exact, sensitivity = reference(tensors, weights, base, granularity)
+    exact, sensitivity, _ = reference(
+        tensors, weights, base, granularity, magnitude=magnitude, lambda_=lambda_
+    )
     number = torch.finfo(result.dtype)
     exponent = torch.frexp(exact).exponent - 1
     last_place = torch.ldexp(torch.full_like(exact, number.eps), exponent)

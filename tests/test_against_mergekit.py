@@ -26,6 +26,9 @@ from oracle import vectors
 from mergekit_nuslerp import nuslerp
 from mergekit_nuslerp.granularity import from_flags
 
+# Where vectors happen to have no unique mean, that is looked at as well.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no unique spherical mean")
+
 VERSION = tuple(map(int, importlib.metadata.version("mergekit").split(".")[:3]))
 BEFORE_0_1_5 = VERSION < (0, 1, 5)
 
@@ -72,7 +75,7 @@ def assert_same(
     tolerance: float = 1e-12,
 ) -> None:
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    dim = {"tensor": None, "row": -1, "column": 0}[granularity]
+    dim = {"tensor": None, "row": -1, "dim0": 0}[granularity]
     gap = torch.linalg.vector_norm(ours - theirs, dim=dim)
     assert (gap <= tolerance * torch.linalg.vector_norm(theirs, dim=dim)).all()
 
@@ -131,11 +134,49 @@ def test_slerp(kind, t):
         assert_same(ours, merged[0], "tensor")
 
 
-@pytest.mark.skipif(BEFORE_0_1_5, reason="mergekit 0.1.4 takes lengths in float32")
+karcher_in_float64 = pytest.mark.skipif(
+    BEFORE_0_1_5, reason="mergekit 0.1.4 takes lengths in float32"
+)
+
+
+def karcher(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """mergekit's `karcher`, until it no longer moves."""
+    return karcher_merge_tensors(tensors, weights, max_iter=500, tol=1e-15)
+
+
+@karcher_in_float64
 @pytest.mark.parametrize("t", [0.5, 0.3])
-def test_karcher(t):
-    """Of two vectors of equal length the Karcher mean is what SLERP finds."""
+def test_karcher_of_two(t):
+    """The Karcher mean of two vectors is what SLERP finds."""
+    tensors = [random(16, 16, seed=0), 3 * random(16, 16, seed=1)]
+    mean = karcher(tensors, [1 - t, t])
+    assert_same(nuslerp(tensors, [1 - t, t], magnitude="linear"), mean, "tensor")
+
+
+@karcher_in_float64
+@pytest.mark.parametrize("count", [3, 5, 8])
+@pytest.mark.parametrize("shape", [(16,), (16, 16), (3, 16, 16)], ids=str)
+def test_karcher(count, shape):
+    """`karcher` takes the weighted mean of the lengths, so it is `linear`."""
+    tensors = [(n + 1) * random(*shape, seed=n) for n in range(count)]
+    for shares in ([1.0] * count, [n + 1.0 for n in range(count)]):
+        weights = [share / sum(shares) for share in shares]
+        mean = karcher(tensors, weights)
+        ours = nuslerp(tensors, shares, magnitude="linear")
+        assert_same(ours, mean, "tensor", tolerance=1e-10)
+        if len(shape) < 2:
+            continue
+        rows = nuslerp(tensors, shares, granularity="row", magnitude="linear")
+        for index in [*vectors(shape, "row")][:5]:
+            mean = karcher([tensor[index][0] for tensor in tensors], weights)
+            assert_same(rows[index][0], mean, "tensor", tolerance=1e-10)
+
+
+@karcher_in_float64
+def test_karcher_of_dependent_vectors():
+    """Four vectors in a plane, and one that occurs twice."""
     a, b = random(16, 16, seed=0), random(16, 16, seed=1)
-    b *= a.norm() / b.norm()
-    mean = karcher_merge_tensors([a, b], [1 - t, t], max_iter=50, tol=1e-14)
-    assert_same(nuslerp([a, b], [1 - t, t]), mean, "tensor")
+    tensors = [a, b, a + b, 2 * a - b, 3 * b]
+    mean = karcher(tensors, [0.2] * 5)
+    ours = nuslerp(tensors, [1] * 5, magnitude="linear")
+    assert_same(ours, mean, "tensor", tolerance=1e-10)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from mergekit import merge_methods
 from mergekit.io.tasks import LoadTensor
 from support import LAYERS, load_tensors, merge_here
 
-from mergekit_nuslerp import parameters, plugin
+from mergekit_nuslerp import parameters
 from mergekit_nuslerp.parameters import ConfigError
 
 # mergekit 0.1.4 refuses values that are no numbers before a method sees them.
@@ -96,24 +97,122 @@ def test_a_weight_that_is_no_number_on_the_older_mergekit(config, refused):
     assert "weight" in refused(config, ValueError)
 
 
-@pytest.mark.parametrize("name", list(parameters.Shared.model_fields))
+@pytest.mark.parametrize("name", ["nuslerp_flatten", "nuslerp_row_wise"])
 def test_a_flag_that_is_no_flag(config, refused, name):
     config["parameters"] = {name: 0.5}
     message = refused(config)
     assert_names(message, repr(name), "model.embed_tokens.weight", "true or false")
 
 
+@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes only numbers")
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("nuslerp_granularity", "rows", "row, column, row:N, column:N"),
+        ("nuslerp_granularity", "row:0", "row, column, row:N, column:N"),
+        ("nuslerp_granularity", "dim0", "row, column, row:N, column:N"),
+        ("nuslerp_granularity", 128, "row, column, row:N, column:N"),
+        ("nuslerp_magnitude", "long", "slerp, linear, geometric"),
+    ],
+)
+def test_a_word_that_is_none_of_those(config, refused, name, value, allowed):
+    config["parameters"] = {name: [{"filter": "mlp", "value": value}]}
+    message = refused(config)
+    assert_names(message, repr(name), "mlp.", repr(value), allowed)
+
+
+@pytest.mark.skipif(TYPED, reason="of mergekit 0.1.4")
+@pytest.mark.parametrize("value", ["row", 8, [{"filter": "mlp", "value": "row:8"}]])
+@pytest.mark.parametrize("name", parameters.NAMED)
+def test_words_need_the_newer_mergekit(config, refused, name, value):
+    config["parameters"] = {name: value}
+    assert_names(refused(config), repr(name), "only numbers", "mergekit==0.1.5")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_lambda_that_is_not_finite(config, refused, value):
+    config["parameters"] = {"lambda": value}
+    assert_names(refused(config), "'lambda'", "embed_tokens", "finite number")
+
+
+def test_a_lambda_without_a_base(config, refused):
+    del config["base_model"]
+    config["parameters"] = {"lambda": [{"filter": "mlp", "value": 0.5}, {"value": 1}]}
+    message = refused(config, (ConfigError, RuntimeError))
+    assert_names(message, "'lambda'", "layers.0.mlp.", "0.5", "Add `base_model`")
+
+
+@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes only numbers")
+@pytest.mark.parametrize(
+    ("granularity", "flag", "value"),
+    [
+        ("row", "nuslerp_flatten", True),
+        ("matrix", "nuslerp_flatten", True),
+        ("tensor", "nuslerp_flatten", False),
+        ("row:2", "nuslerp_row_wise", True),
+        ("column", "nuslerp_row_wise", False),
+    ],
+)
+def test_flags_that_contradict_the_granularity(
+    config, refused, granularity, flag, value
+):
+    config["parameters"] = {"nuslerp_granularity": granularity, flag: value}
+    message = refused(config, RuntimeError)
+    assert_names(message, f"{flag}: {str(value).lower()}", granularity, "embed_tokens")
+    assert_names(message, f"Remove `{flag}`")
+
+
+@pytest.mark.parametrize(
+    ("granularity", "flags"),
+    [
+        ("tensor", {"nuslerp_flatten": True, "nuslerp_row_wise": True}),
+        ("row", {"nuslerp_flatten": False}),
+        ("row:2", {"nuslerp_flatten": False, "nuslerp_row_wise": False}),
+        ("column", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+        ("matrix", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ],
+)
+def test_flags_that_agree_with_the_granularity(granularity, flags):
+    shared = {"nuslerp_granularity": granularity, **flags}
+    assert parameters.choose_granularity(shared) == granularity
+
+
+@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes only numbers")
+def test_a_block_that_does_not_fit(config, refused):
+    config["parameters"] = {
+        "nuslerp_granularity": [{"filter": "q_proj", "value": "row:7"}]
+    }
+    message = refused(config, RuntimeError)
+    assert_names(message, "row:7", "layers.0.self_attn.q_proj.weight", "of shape (")
+    rows = int(re.search(r"divide (\d+) rows", message)[1])
+    near = [int(found) for found in re.findall(r"row:(\d+)", message)[1:]]
+    assert near and all(rows % number == 0 for number in near)
+
+
+def test_a_parameter_that_does_not_exist(config, refused):
+    config["models"][0]["parameters"]["nuslerp_flaten"] = True
+    message = refused(config)
+    assert_names(message, "'nuslerp_flaten'", "'nuslerp_flatten'", "nuslerp_row_wise")
+
+
+def test_a_parameter_that_is_close_to_one(config, checkpoints, tmp_path, caplog):
+    config["parameters"] = {"lamda": 0.5, "normalize": 1.0}
+    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+    told = [message for message in caplog.messages if "no effect" in message]
+    assert told and all("'lamda'" in text and "'lambda'" in text for text in told)
+
+
 def test_one_model(config, refused):
     del config["models"][1]
-    assert_names(refused(config), "exactly 2 models", "there are 1", "./sft")
+    assert_names(refused(config), "at least 2 models", "there is 1", "./sft")
 
 
-def test_three_models(config, refused):
-    config["models"].append({"model": "./base", "parameters": {"weight": 1.0}})
+def test_three_models_of_different_signs(config, refused):
+    config["models"].append({"model": "./base", "parameters": {"weight": -0.5}})
     del config["base_model"]
-    message = refused(config)
-    assert_names(message, "exactly 2 models", "there are 3", "./sft, ./kd, ./base")
-    assert_names(message, "karcher")
+    message = refused(config, (ConfigError, RuntimeError))
+    assert_names(message, "'weight' of model ./base", "embed_tokens", "-0.5")
+    assert_names(message, "Write weights of at least 0")
 
 
 def test_a_base_that_is_one_of_the_two(config, refused):
@@ -137,7 +236,7 @@ def test_weights_that_sum_to_zero_are_told_once_a_tensor(
     for model, weight in zip(config["models"], (0.5, -0.5)):
         entry = {"filter": "q_proj", "value": weight}
         model["parameters"]["weight"] = [entry, {"value": 0.5}]
-    plugin.warn_of_zero_sum.cache_clear()
+    parameters._warn_of_zero_sum.cache_clear()
     merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
     told = [message for message in caplog.messages if "sum to zero" in message]
     assert len(told) == LAYERS

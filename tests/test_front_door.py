@@ -225,8 +225,15 @@ def test_mistakes_of_direct_callers():
     a, b = torch.randn(2, 8)
     with pytest.raises(parameters.ConfigError, match="'weight' is missing"):
         merge_tensors([a, b], "nuslerp")
-    with pytest.raises(parameters.ConfigError, match="there are 3"):
-        merge_tensors([a, b, a], "nuslerp", parameters={"weight": 1.0})
+    with pytest.raises(parameters.ConfigError, match="there is 1"):
+        merge_tensors([a], "nuslerp", parameters={"weight": 1.0})
+    with pytest.raises(parameters.ConfigError, match="'lambda' is 0"):
+        merge_tensors([a, b], "nuslerp", parameters={"weight": 1.0, "lambda": 0.5})
+    blocks = {"weight": 1.0, "nuslerp_granularity": "row:2"}
+    with pytest.raises(parameters.ConfigError, match=r"3 rows .*; row:1 or row:3"):
+        merge_tensors(
+            [torch.ones(3, 3), torch.ones(3, 3)], "nuslerp", parameters=blocks
+        )
     with pytest.raises(TypeError, match="floating-point"):
         merge_tensors([a.int(), b.int()], "nuslerp", parameters={"weight": 1.0})
 

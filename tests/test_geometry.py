@@ -12,10 +12,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mergekit_nuslerp.geometry import normalize_weights, slerp_coefficients
+from mergekit_nuslerp.geometry import Magnitude, mean_coefficients, normalize_weights
 
 EPS = torch.finfo(torch.float64).eps
 ANGLES = [1e-6, 0.1, 1.0, math.pi / 2, 2.0, 3.0, math.pi - 1e-3]
+MAGNITUDES = ["slerp", "linear", "geometric"]
 FRACTIONS = [0.0, 0.25, 0.5, 0.7, 1.0, 2.0, -1.0]
 
 quickly = settings(deadline=None, max_examples=100)
@@ -32,8 +33,25 @@ def weights_of(t: float) -> torch.Tensor:
     return torch.tensor([1 - t, t], dtype=torch.float64)
 
 
-def coefficients(gram: torch.Tensor, t: float, tolerance: float = EPS) -> torch.Tensor:
-    return slerp_coefficients(gram, weights_of(t), antipodal_tolerance=tolerance)
+def solve(
+    gram: torch.Tensor,
+    weights: torch.Tensor,
+    tolerance: float = EPS,
+    magnitude: Magnitude = "slerp",
+) -> torch.Tensor:
+    found, _ = mean_coefficients(
+        gram, weights, magnitude=magnitude, antipodal_tolerance=tolerance
+    )
+    return found
+
+
+def coefficients(
+    gram: torch.Tensor,
+    t: float,
+    tolerance: float = EPS,
+    magnitude: Magnitude = "slerp",
+) -> torch.Tensor:
+    return solve(gram, weights_of(t), tolerance, magnitude)
 
 
 @pytest.mark.parametrize("theta", ANGLES)
@@ -99,9 +117,7 @@ def test_a_cosine_near_minus_one_is_not_rounded_any_further(gap, t):
 def test_symmetric(theta, t):
     gram = gram_of(math.cos(theta), (2.0, 3.0))
     c = coefficients(gram, t)
-    flipped = slerp_coefficients(
-        gram.flip((0, 1)), weights_of(t).flip(0), antipodal_tolerance=EPS
-    )
+    flipped = solve(gram.flip((0, 1)), weights_of(t).flip(0))
     torch.testing.assert_close(flipped.flip(0), c, rtol=0, atol=0)
 
 
@@ -156,19 +172,17 @@ def test_each_vector_of_a_batch_is_on_its_own():
         [gram_of(c, ab) for c in (1.0, 0.4, -1.0) for ab in ((1.0, 2.0), (0.0, 1.0))]
     )
     weights = torch.stack([weights_of(t) for t in (0.1, 0.3, 0.5, 0.7, 1.5, -2.0)])
-    together = slerp_coefficients(grams, weights, antipodal_tolerance=EPS)
+    together = solve(grams, weights)
     for gram, weight, c in zip(grams, weights, together):
-        alone = slerp_coefficients(gram, weight, antipodal_tolerance=EPS)
+        alone = solve(gram, weight)
         torch.testing.assert_close(c, alone, rtol=1e-15, atol=1e-15)
-    broadcast = slerp_coefficients(grams, weights[0], antipodal_tolerance=EPS)
+    broadcast = solve(grams, weights[0])
     assert broadcast.shape == (6, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keeps_the_dtype_of_the_gram_matrix(dtype):
-    c = slerp_coefficients(
-        gram_of(0.4).to(dtype), weights_of(0.3).to(dtype), antipodal_tolerance=EPS
-    )
+    c = solve(gram_of(0.4).to(dtype), weights_of(0.3).to(dtype))
     assert c.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(
@@ -190,19 +204,141 @@ def test_keeps_the_dtype_of_the_gram_matrix(dtype):
     ids=["parallel", "antipodal", "zero-0", "zero-1", "zeros", "close", "ordinary"],
 )
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, -1.0])
-def test_derivatives_are_finite(gram, t):
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_derivatives_are_finite(gram, t, magnitude):
     gram = gram.clone().requires_grad_()
     weights = weights_of(t).requires_grad_()
-    slerp_coefficients(gram, weights, antipodal_tolerance=EPS).sum().backward()
+    solve(gram, weights, magnitude=magnitude).sum().backward()
     assert gram.grad.isfinite().all()
     assert weights.grad.isfinite().all()
 
 
-def test_two_models_only():
-    with pytest.raises(ValueError, match="two models, not 3"):
-        slerp_coefficients(
-            torch.eye(3), torch.full((3,), 1 / 3), antipodal_tolerance=EPS
+@pytest.mark.parametrize("magnitude", ["", "Linear", "l2", None])
+def test_an_unknown_magnitude_is_refused(magnitude):
+    with pytest.raises(ValueError, match=r"slerp.*linear.*geometric"):
+        coefficients(gram_of(0.4), 0.3, magnitude=magnitude)
+
+
+def unique(cosine: float, weights: list[float], tolerance: float = EPS) -> bool:
+    _, found = mean_coefficients(
+        gram_of(cosine, (2.0, 3.0)),
+        torch.tensor(weights, dtype=torch.float64),
+        antipodal_tolerance=tolerance,
+    )
+    return found.item()
+
+
+def test_only_antipodal_vectors_that_both_count_have_no_unique_arc():
+    for cosine in (1.0, 0.5, -0.9, -1 + 2.0**-9):
+        assert unique(cosine, [0.3, 0.7], 2.0**-10)
+    for cosine in (-1.0, -1 + 2.0**-11):
+        assert not unique(cosine, [0.3, 0.7], 2.0**-10)
+        assert not unique(cosine, [2.0, -1.0], 2.0**-10)
+        assert unique(cosine, [1.0, 0.0], 2.0**-10)
+        assert unique(cosine, [0.0, 1.0], 2.0**-10)
+
+
+# --- the length of the result ----------------------------------------------------
+
+
+def length_of(gram: torch.Tensor, c: torch.Tensor) -> float:
+    return (c @ gram @ c).sqrt().item()
+
+
+@pytest.mark.parametrize("theta", [0.0, *ANGLES[:-1]])
+@pytest.mark.parametrize("t", FRACTIONS)
+@pytest.mark.parametrize("lengths", [(1.0, 1.0), (1.0, 4.0), (3.0, 0.1)])
+def test_lengths_are_interpolated_and_directions_as_between_unit_vectors(
+    theta, t, lengths
+):
+    a, b = lengths
+    gram = gram_of(math.cos(theta), lengths)
+    direction = coefficients(gram_of(math.cos(theta)), t)
+    wanted = {
+        "linear": max(0.0, (1 - t) * a + t * b),
+        "geometric": a ** (1 - t) * b**t,
+    }
+    for magnitude, length in wanted.items():
+        c = coefficients(gram, t, magnitude=magnitude)
+        tolerance = 1e-11 * (abs(1 - t) * a + abs(t) * b + length)
+        of_units = c * torch.tensor(lengths, dtype=torch.float64)
+        torch.testing.assert_close(
+            of_units, length * direction, rtol=1e-12, atol=tolerance
         )
+        assert length_of(gram, c) == pytest.approx(length, abs=tolerance)
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
+def test_vectors_of_one_length_keep_it(magnitude, t):
+    gram = gram_of(0.3, (2.0, 2.0))
+    c = coefficients(gram, t, magnitude=magnitude)
+    assert length_of(gram, c) == pytest.approx(2.0, rel=1e-14)
+
+
+@pytest.mark.parametrize("magnitude", ["linear", "geometric"])
+@pytest.mark.parametrize("theta", [0.1, 1.0, 3.0])
+def test_half_way_is_half_the_angle_whatever_the_lengths(magnitude, theta):
+    gram = gram_of(math.cos(theta), (1.0, 4.0))
+    c = coefficients(gram, 0.5, magnitude=magnitude)
+    cosine = (gram @ c)[0].item() / length_of(gram, c)
+    assert math.acos(cosine) == pytest.approx(theta / 2, rel=1e-11)
+
+
+def test_by_the_formula_the_longer_vector_turns_the_result_further():
+    """What the other two are for: 84 % of a right angle instead of half of it."""
+    gram = gram_of(0.0, (1.0, 4.0))
+    c = coefficients(gram, 0.5)
+    turned = math.acos((gram @ c)[0].item() / length_of(gram, c))
+    assert turned == pytest.approx(math.atan(4), rel=1e-12)
+
+
+@pytest.mark.parametrize("gap", [2.0**-10, 2.0**-20, 2.0**-30])
+def test_linear_is_never_longer_than_its_inputs(gap):
+    gram = gram_of(-1 + gap, (1.0, 1.5))
+    for t in (0.1, 0.5, 0.9):
+        c = coefficients(gram, t, magnitude="linear")
+        length = length_of(gram, c)
+        assert length == pytest.approx(1 + 0.5 * t, abs=16 * EPS / gap)
+        assert length < 1.5
+    assert length_of(gram, coefficients(gram, 0.5)) > 1.5  # by mergekit's rule
+
+
+@pytest.mark.parametrize("t", [0.0, 0.25, 1.0, 1.5])
+def test_beside_a_zero_vector_the_length_that_is_left(t):
+    gram = gram_of(0.0, (0.0, 3.0))
+    expected = {
+        "slerp": math.sin(t * math.pi / 2),
+        "linear": t,
+        "geometric": float(t == 1),
+    }
+    for magnitude, share in expected.items():
+        c = coefficients(gram, t, magnitude=magnitude)
+        assert c[1].item() == pytest.approx(share, abs=1e-15)
+        assert c.isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_antipodal_vectors_are_linear_whatever_the_length(magnitude):
+    gram = gram_of(-1.0, (1.0, 3.0))
+    c = coefficients(gram, 0.3, magnitude=magnitude)
+    torch.testing.assert_close(c, weights_of(0.3), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lengths", [(1e-60, 1e60), (1e-150, 1e-150), (1e140, 1e140)])
+def test_lengths_of_any_scale(lengths):
+    a, b = lengths
+    gram = gram_of(0.3, lengths)
+    logs = 0.4 * math.log(a) + 0.6 * math.log(b)
+    for magnitude, length in (("linear", 0.4 * a + 0.6 * b), ("geometric", None)):
+        length = math.exp(logs) if length is None else length
+        c = coefficients(gram, 0.6, magnitude=magnitude)
+        expected = coefficients(gram_of(0.3), 0.6) * length
+        expected /= torch.tensor(lengths, dtype=torch.float64)
+        torch.testing.assert_close(c, expected, rtol=1e-12, atol=0)
+
+
+# --- weights ---------------------------------------------------------------------
 
 
 @quickly

@@ -7,28 +7,40 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import cycle
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_rounded_once, oracle, vectors
+from oracle import assert_rounded_once, granularities, oracle, reference, vectors
 
 from mergekit_nuslerp import kernel, nuslerp
-from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
+from mergekit_nuslerp.kernel import NonFiniteError
+
+# Where vectors happen to have no unique mean, that is looked at as well.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no unique spherical mean")
 
 GRANULARITIES = ["tensor", "row", "column"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SHAPES = [(), (1,), (17,), (5, 7), (1, 7), (7, 1), (3, 4, 5), (2, 3, 4, 5)]
 
+MAGNITUDES = ["slerp", "linear", "geometric"]
+
 all_granularities = pytest.mark.parametrize("granularity", GRANULARITIES)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 with_and_without_base = pytest.mark.parametrize("with_base", [False, True])
+all_magnitudes = pytest.mark.parametrize("magnitude", MAGNITUDES)
 both = pytest.mark.parametrize("position", [0, 1])
+
+
+def merge_batch(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return kernel.merge_batch(*args, **kwargs).result
 
 
 def normal(
@@ -391,6 +403,168 @@ def test_a_frozen_output_beside_one_of_very_small_values():
         assert_rounded_once(result[n], [x[n] for x in moved], [0.3, 0.7], base[n])
 
 
+# --- the length of the result, and lambda ----------------------------------------
+
+
+@all_granularities
+@with_and_without_base
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 1.5])
+def test_lengths_and_directions_of_each_vector(granularity, with_base, t):
+    """`linear` and `geometric` lengths, in the direction between unit vectors."""
+    units = [
+        unit_vectors(6, 9, granularity=granularity, seed=seed) for seed in range(2)
+    ]
+    direction = nuslerp(units, [1 - t, t], granularity=granularity)
+    base = whole_numbers(6, 9, dtype=torch.float64)
+    a, b = torch.empty_like(base), torch.empty_like(base)
+    lengths = []
+    for n, index in enumerate(vectors(base.shape, granularity)):
+        ends = 1.0 + n, 3.0 / (1 + n)
+        for weight, unit, end in zip((a, b), units, ends):
+            weight[index] = end * unit[index] + with_base * base[index]
+        linear = max(0.0, (1 - t) * ends[0] + t * ends[1])
+        lengths.append((index, (linear, ends[0] ** (1 - t) * ends[1] ** t)))
+    origin = base if with_base else None
+    for n, magnitude in enumerate(("linear", "geometric")):
+        result = nuslerp(
+            [a, b],
+            [1 - t, t],
+            base=origin,
+            granularity=granularity,
+            magnitude=magnitude,
+        )
+        for index, both_lengths in lengths:
+            expected = both_lengths[n] * direction[index] + with_base * base[index]
+            torch.testing.assert_close(result[index], expected, rtol=0, atol=1e-12)
+
+
+@all_granularities
+def test_with_lengths_apart_linear_turns_half_of_the_angle(granularity):
+    """mergekit's own rule lets the model four times as long turn it 84 %."""
+    a, b = (unit_vectors(4, 8, granularity=granularity, seed=seed) for seed in (1, 2))
+    result = nuslerp([a, 4 * b], [1, 1], granularity=granularity, magnitude="linear")
+    own = nuslerp([a, 4 * b], [1, 1], granularity=granularity)
+    for index in vectors(a.shape, granularity):
+        u, v, m, o = (tensor[index].flatten() for tensor in (a, b, result, own))
+        whole = torch.acos(u @ v).item()
+        assert m.norm().item() == pytest.approx(2.5, rel=1e-13)
+        assert torch.acos(u @ m / m.norm()).item() == pytest.approx(whole / 2, 1e-12)
+        assert torch.acos(u @ o / o.norm()).item() > 0.7 * whole
+
+
+@all_dtypes
+@pytest.mark.parametrize("granularity", ["row", "column"])
+def test_near_antipodal_vectors_do_not_blow_linear_up(dtype, granularity):
+    """Vectors of lengths 1 and 1.5, closer and closer to opposite."""
+    a = unit_vectors(12, 64, granularity="row", seed=1)
+    gaps = 2.0 ** -torch.arange(1, 13, dtype=torch.float64)[:, None]
+    b = -1.5 * (a + gaps * unit_vectors(12, 64, granularity="row", seed=2))
+    b *= 1.5 / b.norm(dim=1, keepdim=True)
+    tensors = [a.to(dtype), b.to(dtype)]
+    if granularity == "column":
+        tensors = [tensor.T.contiguous() for tensor in tensors]
+    dim = 1 if granularity == "row" else 0
+    longest = max(tensor.double().norm(dim=dim).max().item() for tensor in tensors)
+    for weights in ([1, 1], [0.1, 0.9]):
+        result = nuslerp(tensors, weights, granularity=granularity, magnitude="linear")
+        lengths = result.double().norm(dim=dim)
+        assert lengths.max() <= longest * (1 + torch.finfo(dtype).eps)
+    own = nuslerp(tensors, [1, 1], granularity=granularity)
+    assert own.double().norm(dim=dim).max() > longest
+
+
+@all_dtypes
+@all_granularities
+@both
+def test_linear_scales_what_only_one_model_changed(dtype, granularity, position):
+    """A frozen model: t |delta|, where `slerp` gives sin(t 90 degrees) |delta|."""
+    t = 0.3
+    tensors, base = models(5, 8, dtype=dtype, make=whole_numbers)
+    tensors[position] = base.clone()
+    options = {"granularity": granularity, "magnitude": "linear"}
+    result = nuslerp(tensors, [1 - t, t], base=base, **options)
+    share = t if position == 0 else 1 - t
+    other = tensors[1 - position].double()
+    expected = base.double() + share * (other - base.double())
+    torch.testing.assert_close(result, expected.to(dtype), rtol=2e-7, atol=1e-6)
+    assert_rounded_once(result, tensors, [1 - t, t], base, **options)
+    # Of a length that is zero, no geometric mean is anything else.
+    frozen = nuslerp(
+        tensors, [1 - t, t], base=base, granularity=granularity, magnitude="geometric"
+    )
+    assert torch.equal(frozen, base)
+
+
+@all_granularities
+@all_magnitudes
+def test_lambda_is_how_far_to_go_from_the_base(granularity, magnitude):
+    tensors, base = models(5, 7)
+    options = {"base": base, "granularity": granularity, "magnitude": magnitude}
+    whole = nuslerp(tensors, [0.3, 0.7], **options)
+    for lambda_ in (1.0, 0.3, 0.0, 1.7, -0.5):
+        result = nuslerp(tensors, [0.3, 0.7], lambda_=lambda_, **options)
+        expected = base + lambda_ * (whole - base)
+        torch.testing.assert_close(result, expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(nuslerp(tensors, [0.3, 0.7], lambda_=0, **options), base)
+
+
+@all_dtypes
+@all_magnitudes
+@pytest.mark.parametrize("lambda_", [0.3, 1.5])
+def test_lambda_and_magnitude_round_once(dtype, magnitude, lambda_):
+    shape = (12, 40)
+    tensors, base = models(*shape, dtype=dtype)
+    for granularity in granularities(shape):
+        options = {
+            "base": base,
+            "granularity": granularity,
+            "magnitude": magnitude,
+            "lambda_": lambda_,
+        }
+        result = nuslerp(tensors, [0.3, 0.7], **options)
+        assert_rounded_once(result, tensors, [0.3, 0.7], **options)
+
+
+# --- vectors that are counted ----------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", ["row", "column"])
+def test_vectors_without_a_unique_arc_are_counted_in_one_warning(dtype, granularity):
+    a, b = (whole_numbers(7, 16, seed=seed, dtype=dtype) for seed in (1, 2))
+    b[2], b[5] = -a[2], -2 * a[5]
+    if granularity == "column":
+        a, b = a.T, b.T
+    with pytest.warns(RuntimeWarning) as caught:
+        nuslerp([a, b], [1, 1], granularity=granularity)
+    (message,) = (str(warning.message) for warning in caught)
+    assert "2 of 7" in message
+    assert reference([a, b], [1, 1], None, granularity).linear == 2
+
+
+def test_nothing_is_warned_of_where_nothing_is_the_matter():
+    """Zero vectors, parallel ones and those at an end have a unique mean."""
+    a, b = degenerate()
+    a, b = (torch.cat([tensor[:2], tensor[3:]]) for tensor in (a, b))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nuslerp([a, b], [0.3, 0.7], granularity="row")
+        nuslerp([a, -a], [1, 0], granularity="row")
+
+
+def test_a_batch_counts_for_each_weight():
+    tensors = [normal(3, 6, 8, seed=seed) for seed in range(2)]
+    tensors[1][0, 1] = -tensors[0][0, 1]
+    tensors[1][2, :4] = -2 * tensors[0][2, :4]
+    weights = torch.full((3, 2), 0.5, dtype=torch.float64)
+    merged = kernel.merge_batch(tensors, weights, granularity="row")
+    assert merged.vectors == 6
+    assert merged.linear.tolist() == [1, 0, 4]
+    whole = kernel.merge_batch(tensors, weights, granularity="tensor")
+    assert whole.vectors == 1
+    assert whole.linear.tolist() == [0, 0, 0]
+
+
 # --- inputs that are refused -----------------------------------------------------
 
 
@@ -470,10 +644,10 @@ def test_shapes_that_differ_are_refused_even_where_they_broadcast(shape, model):
         nuslerp(tensors, [0.3, 0.7], base=base)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_two_models_and_no_other_number(count):
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_model_is_not_enough(count):
     tensors = [normal(5, 7, seed=seed) for seed in range(count)]
-    with pytest.raises(ValueError, match="two models"):
+    with pytest.raises(ValueError, match="two"):
         nuslerp(tensors, [1.0] * count)
 
 
@@ -520,6 +694,26 @@ def test_an_unknown_granularity_is_refused():
     tensors, _ = models(5, 7, with_base=False)
     with pytest.raises(ValueError, match="granularity"):
         nuslerp(tensors, [1, 1], granularity="rows")
+
+
+def test_an_unknown_magnitude_is_refused():
+    tensors, _ = models(5, 7, with_base=False)
+    with pytest.raises(ValueError, match="magnitude"):
+        nuslerp(tensors, [1, 1], magnitude="l2")
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 2.0])
+def test_lambda_scales_task_vectors_so_it_needs_a_base(lambda_):
+    tensors, _ = models(5, 7, with_base=False)
+    with pytest.raises(ValueError, match=r"lambda.*base"):
+        nuslerp(tensors, [1, 1], lambda_=lambda_)
+
+
+@pytest.mark.parametrize("lambda_", [math.nan, math.inf])
+def test_lambda_is_finite(lambda_):
+    tensors, base = models(5, 7)
+    with pytest.raises(ValueError, match="lambda"):
+        nuslerp(tensors, [1, 1], base=base, lambda_=lambda_)
 
 
 # --- shapes, strides, dtypes -----------------------------------------------------
@@ -846,14 +1040,14 @@ def test_gradients_do_not_depend_on_the_scale(granularity, dtype, factor):
 # --- exactness -------------------------------------------------------------------
 
 
-Case = tuple[list[torch.Tensor], list[float], torch.Tensor | None, str]
+Case = tuple[list[torch.Tensor], list[float], dict[str, Any]]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Two weights, maybe a base, of any shape, dtype and layout."""
     shape = draw(st.lists(st.integers(1, 9), max_size=4).map(tuple))
-    granularity = draw(st.sampled_from(GRANULARITIES))
+    granularity = draw(st.sampled_from(granularities(shape)))
     dtype = draw(st.sampled_from(DTYPES))
     with_base = draw(st.booleans())
     seed = draw(st.integers(0, 10**6))
@@ -872,18 +1066,24 @@ def cases(draw: st.DrawFn) -> Case:
         tensors[0] = draw(st.sampled_from([torch.clone, transposed, sliced]))(
             tensors[0]
         )
-    t = draw(st.floats(-1, 2))
+    t = draw(st.floats(-1, 2).filter(lambda t: t == 0 or abs(t) > 1e-9))
     total = draw(st.sampled_from([1.0, 0.01, 30.0, -2.0]))
-    return tensors, [(1 - t) * total, t * total], base, granularity
+    options = {
+        "base": base,
+        "granularity": granularity,
+        "magnitude": draw(st.sampled_from(MAGNITUDES)),
+        "lambda_": draw(st.floats(0, 2)) if with_base else 1.0,
+    }
+    return tensors, [(1 - t) * total, t * total], options
 
 
 @settings(deadline=None, max_examples=150)
 @given(case=cases(), room=st.sampled_from([12 * 1024 * 1024, 4096, 997]))
 def test_the_merge_is_the_oracle_rounded_once(case, room):
-    tensors, weights, base, granularity = case
+    tensors, weights, options = case
     with mock.patch.object(kernel, "_SCRATCH_BYTES_CPU", room):
-        result = nuslerp(tensors, weights, base=base, granularity=granularity)
-    assert_rounded_once(result, tensors, weights, base, granularity)
+        result = nuslerp(tensors, weights, **options)
+    assert_rounded_once(result, tensors, weights, **options)
 
 
 @cache

@@ -27,10 +27,12 @@ def several_threads(monkeypatch):
 @pytest.fixture
 def weights():
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(96, 128, generator=generator) for _ in range(3)]
+    return [torch.randn(96, 128, generator=generator) for _ in range(4)]
 
 
-GRANULARITIES = ("tensor", "row", "column")
+GRANULARITIES = ("tensor", "row", "column", "row:32", "column:64")
+SHARES = {2: (0.3, 0.7), 3: (0.5, 0.2, 0.3)}
+any_number = pytest.mark.parametrize("count", SHARES)
 
 
 def threads_of_a_new_thread():
@@ -41,15 +43,29 @@ def threads_of_a_new_thread():
     return seen[0]
 
 
+@any_number
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_any_number_of_threads_gives_the_same_merge(weights, granularity):
-    a, b, base = (weight.double() for weight in weights)
+def test_any_number_of_threads_gives_the_same_merge(weights, granularity, count):
+    *others, base = (weight.double() for weight in weights)
+    # Opposite rows and columns, to be counted by whichever thread merges them.
+    others[1][:3] = 2 * base[:3] - others[0][:3]
+    others[1][:, 5] = 2 * base[:, 5] - others[0][:, 5]
+    tensors = [tensor.unsqueeze(0) for tensor in others[:count]]
+    shares = torch.tensor([SHARES[count]], dtype=torch.float64)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        results.append(nuslerp([a, b], [0.3, 0.7], base=base, granularity=granularity))
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=1e-14, atol=1e-14)
+        results.append(
+            kernel.merge_batch(
+                tensors, shares, base=base.unsqueeze(0), granularity=granularity
+            )
+        )
+    expected = {"row": 3, "column": 1}.get(granularity, 0)
+    for result in results:
+        torch.testing.assert_close(
+            result.result, results[0].result, rtol=1e-14, atol=1e-13
+        )
+        assert result.linear.tolist() == [expected]
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -78,14 +94,16 @@ def test_the_number_of_threads_stays_as_it_was(weights):
     assert threads_of_a_new_thread() == 3
 
 
+@any_number
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inputs_that_could_have_a_gradient(weights, granularity, mode):
-    a, b, base = (weight.requires_grad_() for weight in weights)
+def test_inputs_that_could_have_a_gradient(weights, granularity, mode, count):
+    *others, base = (weight.requires_grad_() for weight in weights)
+    others, shares = others[:count], SHARES[count]
     with mode():
-        merged = nuslerp([a, b], [0.3, 0.7], base=base, granularity=granularity)
+        merged = nuslerp(others, shares, base=base, granularity=granularity)
     assert not merged.requires_grad
-    exact = oracle([a.detach(), b.detach()], (0.3, 0.7), base.detach(), granularity)
+    exact = oracle(others, shares, base, granularity)
     assert merged.equal(exact.float())
 
 

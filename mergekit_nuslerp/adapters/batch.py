@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+from mergekit.common import ImmutableMap
 from mergekit.merge_methods.base import (
     MISSING,
     BasePolicy,
@@ -25,11 +25,17 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 from mergekit.merge_methods.batching import prepare_batches
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_nuslerp import granularity, parameters
-from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
-from mergekit_nuslerp.parameters import Shared, nonfinite
-from mergekit_nuslerp.plugin import announce, warn_of_zero_sum
+from mergekit_nuslerp import parameters
+from mergekit_nuslerp.adapters import planning
+from mergekit_nuslerp.kernel import Merged, NonFiniteError, merge_batch
+from mergekit_nuslerp.parameters import nonfinite, warn_of_linear
+from mergekit_nuslerp.plugin import announce
+
+
+class PlanError(RuntimeError):
+    """A `ConfigError` where pydantic would bury a ValueError among its own words."""
 
 
 class NuslerpParameter(ParameterSpec):
@@ -45,25 +51,7 @@ class NuslerpParameter(ParameterSpec):
         try:
             return parameters.validate(self.name, given)
         except parameters.ConfigError:  # once more, for a message that says where
-            return parameters.validate(self.name, given, **_resolved_for())
-
-
-def _resolved_for() -> dict[str, Any]:
-    """The model and tensor that mergekit is resolving a parameter for, if it is.
-
-    mergekit hands a parameter its value alone, and adds no context to an error. Its
-    resolver has both as local variables, some frames up.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if (
-            frame.f_code.co_name == "resolve_parameter"
-            and frame.f_globals.get("__name__") == "mergekit.parameter_resolver"
-        ):
-            names = {"model": "model", "tensor": "tensor_name"}
-            return {key: frame.f_locals.get(name) for key, name in names.items()}
-    return {}
+            return parameters.validate(self.name, given, **planning.resolved_for())
 
 
 def _specs() -> tuple[ParameterSpec, ...]:
@@ -85,25 +73,27 @@ def _specs() -> tuple[ParameterSpec, ...]:
     )
 
 
-_DEFAULTS = {name: field.default for name, field in Shared.model_fields.items()}
+_DEFAULTS = {
+    name: field.default for name, field in parameters.Shared.model_fields.items()
+}
 
 
-def _merge(
-    batch: TensorBatch,
-    *,
-    weight: torch.Tensor,
-    nuslerp_row_wise: bool,
-    nuslerp_flatten: bool,
-) -> torch.Tensor:
+def _merge(batch: TensorBatch, *, weight: torch.Tensor, **shared: Any) -> Merged:
     base = None if batch.base_index is None else batch.tensors[batch.base_index]
-    return merge_batch(
-        [t for index, t in enumerate(batch.tensors) if index != batch.base_index],
-        weight,
-        base=base,
-        granularity=granularity.from_flags(
-            flatten=nuslerp_flatten, row_wise=nuslerp_row_wise
-        ),
-    )
+    with torch.autocast(batch.tensors[0].device.type, enabled=False):
+        return merge_batch(
+            [t for index, t in enumerate(batch.tensors) if index != batch.base_index],
+            weight,
+            base=base,
+            granularity=parameters.choose_granularity(shared),
+            magnitude=shared["nuslerp_magnitude"],
+            lambda_=shared["lambda"],
+        )
+
+
+def _kernel(batch: TensorBatch, **values: Any) -> torch.Tensor:
+    """What mergekit asks of a batch kernel: the weights and nothing else."""
+    return _merge(batch, **values).result
 
 
 class NuslerpMethod(BatchedMergeMethod):
@@ -118,11 +108,10 @@ class NuslerpMethod(BatchedMergeMethod):
                 optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
                 contract=InputContract(
                     base=BasePolicy.OPTIONAL,
-                    min_non_base=parameters.MODELS,
-                    max_non_base=parameters.MODELS,
+                    min_non_base=parameters.MIN_MODELS,
                 ),
             ),
-            _merge,
+            _kernel,
         )
 
     def validate_inputs(
@@ -133,13 +122,19 @@ class NuslerpMethod(BatchedMergeMethod):
         group_name: str | None = None,
     ) -> None:
         announce()
+        frame = planning.caller()
+        config, task = planning.config_of(frame), frame.f_locals.get("self")
+        if config is not None:
+            parameters.check_names(config)
         # Called for a slice when a config is planned, and for a tensor with the models
         # that were found to have it.
-        planning = group_name is None or re.search(r"\.slices\[\d+\]$", group_name)
-        where = {"place" if planning else "tensor": group_name}
+        is_slice = group_name is None or re.search(r"\.slices\[\d+\]$", group_name)
+        where = {"place" if is_slice else "tensor": group_name}
         if None not in input_ids and len(set(input_ids)) == len(input_ids):
             parameters.check_models(input_ids, base_id, **where)
         super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if isinstance(task, ExecuteMergeMethodTask):
+            _check_task(task)
 
     def _execute(
         self,
@@ -150,9 +145,11 @@ class NuslerpMethod(BatchedMergeMethod):
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """As the inherited method, but with weights in float64 and named errors."""
+        """As the inherited method, with weights in float64 and errors that name."""
         # A graph task made by hand may leave shared parameters to their defaults.
         parameters = [{**_DEFAULTS, **bound} for bound in parameters]
+        for group, bound in zip(groups, parameters):
+            _check_group(group, bound)
         results: dict[int, torch.Tensor] = {}
         for batch in prepare_batches(
             groups, parameters, self.spec, options, input_dtypes=input_dtypes
@@ -164,22 +161,84 @@ class NuslerpMethod(BatchedMergeMethod):
                 parameters[index]["weight"].values_for(groups[index].non_base)
                 for index in batch.indices
             ]
-            for index, values in zip(batch.indices, weights):
-                warn_of_zero_sum(tuple(values), groups[index].metadata.name)
             kwargs["weight"] = torch.tensor(weights, dtype=torch.float64)
             try:
-                merged = self.merge_batch(tensors, **kwargs)
+                merged = _merge(tensors, **kwargs)
             except NonFiniteError as error:
                 group = groups[batch.indices[error.output]]
                 is_base = error.model is None
                 entry = group.base if is_base else group.non_base[error.model]
                 message = nonfinite(group.metadata.name, entry.id, is_base=is_base)
                 raise ValueError(message) from None
+            for index, count in zip(batch.indices, merged.linear.tolist()):
+                name = groups[index].metadata.name
+                warn_of_linear(count, merged.vectors, name)
+            result = merged.result
             if out_dtype is not None:
-                merged = merged.to(dtype=out_dtype)
-            results.update(zip(batch.indices, merged.unbind(0)))
-            del tensors, kwargs, merged
+                result = result.to(dtype=out_dtype)
+            results.update(zip(batch.indices, result.unbind(0)))
+            del tensors, kwargs, merged, result
         return tuple(results[index] for index in range(len(groups)))
+
+
+def _check_task(task: ExecuteMergeMethodTask) -> None:
+    """Check the parameters of a weight that mergekit plans to merge."""
+    shared = {**_DEFAULTS, **task.parameters}
+    weights = _weights(task)
+    name = task.output_weight.name
+    # Only a block may not fit, and a file's header takes a while to read.
+    has_blocks = ":" in (shared["nuslerp_granularity"] or "")
+    try:
+        parameters.check_together(
+            shared,
+            weights,
+            has_base=task.base_model is not None,
+            tensor=name,
+            shape=planning.stored_shape(task.gather_tensors) if has_blocks else None,
+        )
+    except parameters.ConfigError as error:
+        raise PlanError(str(error)) from None
+
+
+def _check_group(group: TensorGroup, bound: dict[str, Any]) -> None:
+    """Check the parameters of a weight that is merged, with or without a plan."""
+    values = bound["weight"].values_for(group.non_base)
+    parameters.check_together(
+        bound,
+        {entry.id: value for entry, value in zip(group.non_base, values)},
+        has_base=group.base is not None,
+        tensor=group.metadata.name,
+        shape=group.entries[0].tensor.shape,
+    )
+
+
+def planned(task: ExecuteMergeMethodTask) -> planning.Planned:
+    """How mergekit plans to merge one weight."""
+    shared = {**_DEFAULTS, **task.parameters}
+    name = task.output_weight.name
+    return planning.Planned(
+        name=name,
+        tensors=task.gather_tensors,
+        weights=ImmutableMap(_weights(task)),
+        base=task.base_model,
+        granularity=parameters.choose_granularity(shared, tensor=name),
+        magnitude=shared["nuslerp_magnitude"],
+        lambda_=shared["lambda"],
+        info=task.output_weight,
+    )
+
+
+def aligned(_planned: planning.Planned, tensors: dict[Any, Any]) -> dict[Any, Any]:
+    """The tensors as they are merged: of one shape, or mergekit refuses them."""
+    return tensors
+
+
+def _weights(task: ExecuteMergeMethodTask) -> dict[Any, float]:
+    return {
+        model: task.input_parameters[model]["weight"]
+        for model in task.model_order
+        if model != task.base_model and model in task.input_parameters
+    }
 
 
 def make() -> NuslerpMethod:

@@ -3,11 +3,13 @@
 
 """The merge method for mergekit 0.1.4: one graph task for each output weight."""
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from functools import wraps
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.merge_methods.base import (
     ConfigParameterDef,
@@ -15,12 +17,21 @@ from mergekit.merge_methods.base import (
     MergeTensorInput,
 )
 from mergekit.merge_methods.rectify_embed import rectify_embed_sizes
+from pydantic import ValidationError
 
 from mergekit_nuslerp import parameters
-from mergekit_nuslerp.granularity import Granularity, from_flags
+from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
-from mergekit_nuslerp.parameters import check_models
-from mergekit_nuslerp.plugin import announce, warn_of_zero_sum
+from mergekit_nuslerp.parameters import (
+    NAMED,
+    ConfigError,
+    check_models,
+    check_names,
+    check_together,
+    parameter_names,
+    warn_of_linear,
+)
+from mergekit_nuslerp.plugin import announce
 
 
 class NuslerpTask(Task[torch.Tensor]):
@@ -30,7 +41,8 @@ class NuslerpTask(Task[torch.Tensor]):
     weights: ImmutableMap[ModelReference, float]
     base_model: Optional[ModelReference]
     weight_info: WeightInfo
-    granularity: Granularity
+    granularity: str
+    lambda_: float
 
     def uses_accelerator(self) -> bool:
         return True
@@ -66,7 +78,7 @@ class NuslerpTask(Task[torch.Tensor]):
 
         base = None if self.base_model is None else inputs.pop()
         try:
-            return merge_batch(
+            merged = merge_batch(
                 [tensor.unsqueeze(0) for tensor in inputs],
                 torch.tensor(
                     [[self.weights[model] for model in models[: len(inputs)]]],
@@ -74,12 +86,15 @@ class NuslerpTask(Task[torch.Tensor]):
                 ),
                 base=None if base is None else base.unsqueeze(0),
                 granularity=self.granularity,
-            ).squeeze(0)
+                lambda_=self.lambda_,
+            )
         except NonFiniteError as error:
             model = models[-1 if error.model is None else error.model]
             is_base = model == self.base_model
             message = parameters.nonfinite(name, model, is_base=is_base)
             raise ValueError(message) from None
+        warn_of_linear(int(merged.linear), merged.vectors, name)
+        return merged.result.squeeze(0)
 
     def _agreed(self, inputs: List[torch.Tensor]) -> torch.Tensor:
         """Integers and booleans are copied where all models agree, as 0.1.5 does."""
@@ -102,10 +117,10 @@ class NuslerpMethod(MergeMethod):
         return "NuSLERP"
 
     def parameters(self) -> List[ConfigParameterDef]:
-        return _definitions(parameters.Shared)
+        return _definitions(_shared_fields())
 
     def tensor_parameters(self) -> List[ConfigParameterDef]:
-        return _definitions(parameters.PerModel)
+        return _definitions(parameters.PerModel.model_fields)
 
     def make_task(
         self,
@@ -118,32 +133,40 @@ class NuslerpMethod(MergeMethod):
         **_kwargs: Any,
     ) -> Task:
         announce()
-        shared, weights = _validated(
-            output_weight.name, parameters, tensor_parameters, base_model
-        )
-        check_models(_sources(tensors), base_model, place=output_weight.name)
-        warn_of_zero_sum(tuple(weights.values()), output_weight.name)
+        config = planning.config_of(planning.caller())
+        if config is not None:
+            _refuse_named(name for name in parameter_names(config))
+            check_names(config)
+        name = output_weight.name
+        shared, weights = _validated(name, parameters, tensor_parameters, base_model)
+        check_models(_sources(tensors), base_model, place=name)
+        has_base = base_model is not None
+        granularity = check_together(shared, weights, has_base=has_base, tensor=name)
         return NuslerpTask(
             gather_tensors=tensors,
             weights=ImmutableMap(weights),
             base_model=base_model,
             weight_info=output_weight,
-            granularity=from_flags(
-                flatten=shared["nuslerp_flatten"], row_wise=shared["nuslerp_row_wise"]
-            ),
+            granularity=granularity,
+            lambda_=shared["lambda"],
         )
 
 
-def _definitions(declaration: type) -> List[ConfigParameterDef]:
+def _shared_fields() -> Dict[str, Any]:
+    """The shared parameters that this mergekit can take."""
+    shared = parameters.Shared.model_fields
+    return {name: shared[name] for name in shared if name not in NAMED}
+
+
+def _definitions(declared: Mapping[str, Any]) -> List[ConfigParameterDef]:
     # None of them is required as far as mergekit is concerned: a missing value comes
     # to `make_task`, where the message can say what to write.
-    fields: Mapping[str, Any] = declaration.model_fields  # type: ignore[attr-defined]
     return [
         ConfigParameterDef(
             name=name,
             default_value=None if field.is_required() else field.default,
         )
-        for name, field in fields.items()
+        for name, field in declared.items()
     ]
 
 
@@ -160,9 +183,10 @@ def _validated(
     base: Optional[ModelReference],
 ) -> Tuple[Dict[str, Any], Dict[ModelReference, float]]:
     # mergekit 0.1.4 reads true and false as 1.0 and 0.0, which count as both here.
+    given = dict(shared.items())
     values = {
-        name: parameters.validate(name, shared[name], tensor=tensor)
-        for name in parameters.Shared.model_fields
+        name: parameters.validate(name, given.get(name, field.default), tensor=tensor)
+        for name, field in _shared_fields().items()
     }
     weights = {
         model: parameters.validate(
@@ -174,6 +198,60 @@ def _validated(
     return values, weights
 
 
+def _refuse_named(names: Iterable[str]) -> None:
+    """Refuse the parameters that take words, which mergekit 0.1.4 does not."""
+    for name in names:
+        if name in NAMED:
+            raise ConfigError(
+                f"nuslerp: parameter {name!r} takes a word, and mergekit 0.1.4 takes "
+                "only numbers. Install mergekit 0.1.5 (`pip install mergekit==0.1.5`), "
+                "or use `nuslerp_flatten` and `nuslerp_row_wise`."
+            )
+
+
+def _refuse_named_early() -> None:
+    """Let mergekit's config say which mergekit takes the parameters that are words.
+
+    It refuses them before a merge method is asked, in eight errors or more.
+    """
+    validate = MergeConfiguration.model_validate.__func__
+
+    @wraps(validate)
+    def model_validate(cls: Any, *args: Any, **kwargs: Any) -> MergeConfiguration:
+        try:
+            return validate(cls, *args, **kwargs)
+        except ValidationError as error:
+            refused = error
+        _refuse_named(str(part) for error in refused.errors() for part in error["loc"])
+        raise refused
+
+    MergeConfiguration.model_validate = classmethod(model_validate)
+
+
+def planned(task: NuslerpTask) -> planning.Planned:
+    """How mergekit plans to merge one weight."""
+    return planning.Planned(
+        name=task.weight_info.name,
+        tensors=task.gather_tensors,
+        weights=task.weights,
+        base=task.base_model,
+        granularity=task.granularity,
+        magnitude="slerp",
+        lambda_=task.lambda_,
+        info=task.weight_info,
+    )
+
+
+def aligned(
+    planned: planning.Planned, tensors: Dict[ModelReference, torch.Tensor]
+) -> Dict[ModelReference, torch.Tensor]:
+    """The tensors as they are merged: embeddings cut to the part that all have."""
+    models, inputs = list(tensors), list(tensors.values())
+    rectify_embed_sizes(planned.info, inputs)
+    return dict(zip(models, inputs))
+
+
 def make() -> NuslerpMethod:
     """The method to put into mergekit's registry."""
+    _refuse_named_early()
     return NuslerpMethod()

@@ -1,0 +1,87 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""What mergekit knows while it plans, but does not hand to a merge method.
+
+Looked up in the frames of its planner. Where a mergekit has moved these, checks are
+left out or come later; no merge depends on them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from mergekit.common import ImmutableMap, ModelReference
+from mergekit.io.tasks import GatherTensors, LoaderCache
+from pydantic import BaseModel
+from safetensors import safe_open
+
+from mergekit_nuslerp.geometry import Magnitude
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How one tensor is to be merged, whichever mergekit planned it."""
+
+    name: str
+    tensors: Any  # the task that gathers them
+    weights: ImmutableMap[ModelReference, float]
+    base: ModelReference | None
+    granularity: str
+    magnitude: Magnitude
+    lambda_: float
+    info: Any  # mergekit's WeightInfo
+
+
+def caller() -> FrameType:
+    """The frame that called the merge method, seen from that method."""
+    return sys._getframe(2)
+
+
+def config_of(frame: FrameType) -> BaseModel | None:
+    """The merge configuration of a planner that called the merge method."""
+    # `mergekit-pytorch` plans in a function, the other commands in a class.
+    local = frame.f_locals
+    config = local.get("config", getattr(local.get("self"), "config", None))
+    return config if hasattr(config, "merge_method") else None
+
+
+def resolved_for() -> dict[str, Any]:
+    """The model and tensor that mergekit is resolving a parameter for, if it is."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if (
+            frame.f_code.co_name == "resolve_parameter"
+            and frame.f_globals.get("__name__") == "mergekit.parameter_resolver"
+        ):
+            names = {"model": "model", "tensor": "tensor_name"}
+            return {key: frame.f_locals.get(name) for key, name in names.items()}
+    return {}
+
+
+def stored_shape(tensors: Any) -> tuple[int, ...] | None:
+    """The shape of a weight that is still to be read, from its file's header.
+
+    Args:
+        tensors: mergekit's task that gathers it.
+
+    Returns:
+        The shape, or None where it is not to be had: with a tokenizer that changes
+        embeddings, or without safetensors.
+    """
+    if not isinstance(tensors, GatherTensors):
+        return None
+    weights: Mapping[Any, Any] = tensors.weight_info
+    model, info = next(iter(weights.items()))
+    index = LoaderCache().get(model).index
+    file = index.tensor_paths.get(info.name)
+    if not index.is_safetensors or file is None:
+        return None
+    with safe_open(os.path.join(index.base_path, file), framework="pt") as tensors:
+        return tuple(tensors.get_slice(info.name).get_shape())
