@@ -5,16 +5,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_nuslerp import __version__, _hook, register
+
+if TYPE_CHECKING:
+    from mergekit_nuslerp.inspection import Inspection
 
 # Run in a fresh interpreter, which has not imported this package by hand.
 _PROBE = """
@@ -104,14 +112,171 @@ def run(arguments: tuple[str, ...]) -> None:
     does the same.
     """
     if _hook.switched_off():
-        raise click.UsageError(
-            f"{_hook.SWITCH}={os.environ[_hook.SWITCH]} switches the plugin off; unset "
-            "it, or run mergekit-yaml"
-        )
+        raise click.UsageError(f"{_off()}, or run mergekit-yaml")
     register()
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
     mergekit_yaml(args=list(arguments), prog_name="mergekit-nuslerp run")
+
+
+def _off() -> str:
+    return (
+        f"{_hook.SWITCH}={os.environ[_hook.SWITCH]} switches the plugin off; unset it"
+    )
+
+
+def _print_schema(context: click.Context, _option: Any, wanted: bool) -> None:
+    if wanted:
+        from mergekit_nuslerp.inspection import Inspection
+
+        schema = Inspection.model_json_schema(mode="serialization")
+        click.echo(json.dumps(schema, indent=2))
+        context.exit()
+
+
+class _Refused(click.ClickException):
+    exit_code = 2
+
+
+_FILE = click.Path(path_type=Path)
+
+
+@main.command()
+@click.argument("config", type=_FILE)
+@click.option("--full", is_flag=True, help="Print a row for each tensor.")
+@click.option("--html", type=_FILE, help="Write a page for a browser.")
+@click.option("--json", "records", type=_FILE, help="Write all figures.")
+@click.option("--csv", type=_FILE, help="Write a spreadsheet.")
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON schema of --json, and exit.",
+)
+@click.option("--cuda", is_flag=True, help="As mergekit's, like all that follow.")
+@click.option("--device")
+@click.option("--allow-crimes", is_flag=True)
+@click.option("--lazy-unpickle", is_flag=True)
+@click.option("--lora-merge-cache")
+@click.option("--lora-merge-dtype")
+@click.option("--transformers-cache")
+@click.option("--trust-remote-code", is_flag=True)
+def inspect(
+    config: Path,
+    full: bool,
+    html: Path | None,
+    records: Path | None,
+    csv: Path | None,
+    **options: Any,
+) -> None:
+    """Show the geometry of a merge before it is carried out.
+
+    Reads the checkpoints of CONFIG once, as the merge would, and writes no model.
+    Prints angles and lengths of the (task) vectors by layer and by part of the model,
+    and what to look out for. Exits with 2 where something cannot be read or written.
+    """
+    outputs = [path for path in (html, records, csv) if path is not None]
+    try:
+        if _hook.switched_off():
+            raise ValueError(_off())
+        check_writable(outputs)
+        if html is not None and importlib.util.find_spec("plotly") is None:
+            raise ValueError(
+                "--html needs plotly: pip install 'mergekit-nuslerp[inspect]'"
+            )
+        inspection = _inspected(config, options)
+        from mergekit_nuslerp import report
+
+        texts = {}
+        if html is not None:
+            from mergekit_nuslerp.page import page
+
+            texts[html] = page(inspection)
+        if records is not None:
+            texts[records] = inspection.model_dump_json(indent=2, by_alias=True) + "\n"
+        if csv is not None:
+            texts[csv] = report.table(inspection)
+        write_together(texts)
+    except (ImportError, OSError, ValueError) as error:
+        raise _Refused(textwrap.shorten(str(error), 500)) from error
+    click.echo(report.text(inspection, full=full), nl=False)
+    for path in outputs:
+        click.echo(f"wrote {path}")
+
+
+def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
+    """Read a config and inspect its merge, with a bar where someone is looking.
+
+    Raises:
+        ImportError, OSError, ValueError: whatever was wrong, in one line.
+    """
+    with config.open(encoding="utf-8") as file, _bar() as progress, _unannounced():
+        import yaml
+        from pydantic import ValidationError
+        from safetensors import SafetensorError
+
+        try:
+            content = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{config} is not YAML: {error}") from error
+
+        register()  # first, since mergekit 0.1.4's config is told of new parameters
+        from mergekit.config import MergeConfiguration
+        from mergekit.options import MergeOptions
+
+        from mergekit_nuslerp.inspection import inspect
+
+        try:
+            parsed = MergeConfiguration.model_validate(content)
+            return inspect(parsed, MergeOptions(**options), progress=progress)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{config}: {place} {first['msg']}") from error
+        except (AssertionError, RuntimeError, SafetensorError) as error:
+            raise ValueError(str(error)) from error
+
+
+@contextmanager
+def _unannounced() -> Iterator[None]:
+    """Keep back the line that says that the plugin merges: nothing is merged here."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "merges here" not in record.msg
+
+    logger = logging.getLogger(__package__)
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        with click.progressbar(length=1, label="Reading", file=sys.stderr) as plain:
+
+            def advance(done: int, total: int) -> None:
+                plain.length = total
+                plain.update(done - plain.pos)
+
+            yield advance
+    else:
+        with Progress(console=Console(stderr=True), transient=True) as rich:
+            task = rich.add_task("Starting", total=None)
+            yield lambda done, total: rich.update(
+                task, description="Reading", completed=done, total=total
+            )
 
 
 @main.command()
@@ -121,6 +286,47 @@ def demo(out: Path) -> None:
     from mergekit_nuslerp.demo import run as run_demo
 
     sys.exit(run_demo(out))
+
+
+def check_writable(paths: Sequence[Path]) -> None:
+    """See that files can be written, before work is done for them.
+
+    Raises:
+        ValueError: one that cannot, or one that is named twice.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("each output needs a file of its own")
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"cannot write {path}: it is not a file")
+        trial = _beside(path)
+        try:
+            trial.touch(exist_ok=False)
+            trial.unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_together(texts: Mapping[Path, str]) -> None:
+    """Write files whole or not at all, whatever happens meanwhile.
+
+    Raises:
+        OSError: one that cannot be written.
+    """
+    try:
+        for path, text in texts.items():
+            _beside(path).write_text(text, encoding="utf-8", newline="")
+        for path in texts:
+            os.replace(_beside(path), path.resolve())
+    finally:
+        for path in texts:
+            _beside(path).unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A temporary name in the folder of a file, which may be a link."""
+    path = path.resolve()
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ _MAX_THREADS = 8
 # models; with more, Gram matrices are larger.
 _MAX_VECTORS = 16 * 1024
 
-# Tiles whose coefficients are worked out at once, with more than two models.
+# Tiles whose coefficients are worked out at once where that pays.
 _TILES_TOGETHER = 8
 
 # Matrix products of longer vectors are added up in blocks, for precision.
@@ -454,6 +454,8 @@ class _Worker:
         if chunk is not None:
             shape = (job.scratch_rows, chunk)
             self.rows = torch.empty(shape, dtype=dtype, device=job.device)
+        # An accelerator widens inputs while it calculates; a CPU makes copies first.
+        self.mixes = chunk is not None and job.device.type != "cpu"
         self.views: dict[torch.Size, list[torch.Tensor]] = {}
         self.held: _Piece | None = None
         self.vectors: list[torch.Tensor] = []
@@ -473,20 +475,23 @@ class _Worker:
         if self.held is piece:
             return
         parts = [tensor[piece] for tensor in self.job.inputs]
-        values = [
-            part.to(self.dtype) if room is None else room.copy_(part)
-            for part, room in zip(parts, self.rooms(parts[0].shape))
-        ]
+        rooms = self.rooms(parts[0].shape)
         self.held, self.base = piece, None
-        self.vectors = values[: self.job.models]
-        if len(values) > self.job.models:
-            self.base = values[-1]
-            self.vectors = [
-                torch.sub(vector, self.base, out=None if self.rows is None else vector)
-                for vector in self.vectors
-            ]
-        if self.job.measures_base:
-            self.vectors.append(values[-1])
+        if len(parts) > self.job.models:
+            self.base = self.start_from(parts[-1], rooms[len(parts) - 1])
+        self.vectors = [
+            self.start_from(part, room)
+            for part, room in zip(parts[: self.job.models], rooms)
+        ]
+        if self.job.measures_base and self.base is not None:
+            self.vectors.append(self.base)
+
+    def start_from(self, part: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
+        """Part of an input in the scratch's dtype, less the base once that is held."""
+        if self.base is not None and self.mixes:
+            return torch.sub(part, self.base, out=room)
+        wide = part.to(self.dtype) if room is None else room.copy_(part)
+        return wide if self.base is None else torch.sub(wide, self.base, out=room)
 
     def peaks(self, pieces: Sequence[_Piece]) -> torch.Tensor:
         """The largest absolute element of each vector, `(outer, inner, models)`."""
@@ -512,7 +517,7 @@ class _Worker:
             factors = self.vectors
             if scale is not None:
                 factors = [v * s for v, s in zip(factors, _over_elements(scale))]
-            if scale is None and self.can_multiply(piece):
+            if scale is None and self.can_multiply(factors[0].shape):
                 found = self.multiplied(factors[0].shape)
             else:
                 found = self.summed(factors)
@@ -530,32 +535,30 @@ class _Worker:
         products = torch.stack(sums, dim=-1).to(self.job.wide_dtype)
         return products[..., self.job.square]
 
-    def can_multiply(self, piece: _Piece) -> bool:
+    def can_multiply(self, shape: torch.Size) -> bool:
         """Whether `multiplied` is as exact as `summed`, and faster."""
-        return (
-            self.rows is not None
-            and self.job.device.type == "cpu"
-            and piece[2].stop - piece[2].start == 1
-            and (
-                self.dtype == torch.float64
-                or (self.job.vectors > 2 and _multiplies_exactly())
-            )
-        )
+        outer, length = shape[0], prod(shape[1:])
+        if self.rows is None or shape[2] > 1:
+            return False
+        if outer > 1 and length > 2 * _BLOCK_LENGTH and length % _BLOCK_LENGTH:
+            return False
+        if self.dtype == torch.float64:
+            return not self.mixes
+        return (self.job.vectors > 2 or self.mixes) and _multiplies_exactly()
 
     def multiplied(self, shape: torch.Size) -> torch.Tensor:
         """Gram matrices of the vectors held, as products of matrices."""
         assert self.rows is not None
         outer, length = shape[0], prod(shape[1:])
         held = self.rows[: self.job.vectors, : prod(shape)].view(-1, outer, length)
-        if outer > 1 or length <= 2 * _BLOCK_LENGTH:
-            parts, rest = held.transpose(0, 1), None
-        else:
-            even = length - length % _BLOCK_LENGTH
-            blocks = held[:, 0, :even].unflatten(-1, (-1, _BLOCK_LENGTH))
-            parts, rest = blocks.transpose(0, 1), held[:, 0, even:]
-        found = torch.bmm(parts, parts.mT).to(self.job.wide_dtype)
-        if rest is not None:
-            found = found.sum(0, keepdim=True) + (rest @ rest.mT)
+        block = length if length <= 2 * _BLOCK_LENGTH else _BLOCK_LENGTH
+        even = length - length % block
+        parts = held[..., :even].unflatten(-1, (-1, block)).flatten(1, 2)
+        products = torch.bmm(parts.transpose(0, 1), parts.permute(1, 2, 0))
+        found = products.to(self.job.wide_dtype).unflatten(0, (outer, -1)).sum(1)
+        if even < length:  # of a single vector
+            rest = held[:, 0, even:]
+            found = found + rest @ rest.mT
         return found.unsqueeze(1)
 
     def combine(self, piece: _Piece, factors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -582,7 +585,24 @@ class _Worker:
         """Combine pieces, and round them into the result."""
         # Backwards: the piece that was read last is still held.
         for piece in reversed(pieces):
-            result[piece] = self.combine(piece, factors)
+            if self.mixes and self.held is not piece:
+                self.blend(piece, factors, result[piece])
+            else:
+                result[piece] = self.combine(piece, factors)
+
+    def blend(
+        self, piece: _Piece, factors: Sequence[torch.Tensor], result: torch.Tensor
+    ) -> None:
+        """Step 3 straight from the inputs: (1 - sum of c_i) base + sum of c_i t_i."""
+        parts = [tensor[piece] for tensor in self.job.inputs]
+        if len(parts) > self.job.models:
+            factors = [*factors, 1 - torch.stack(list(factors)).sum(0)]
+        room = self.rooms(parts[0].shape)[0]
+        self.held = None  # overwritten now
+        total = torch.mul(parts[0], factors[0], out=room)
+        for part, factor in zip(parts[1:-1], factors[1:-1]):
+            torch.addcmul(total, part, factor, out=room)
+        torch.addcmul(total, parts[-1], factors[-1], out=result)
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -736,9 +756,11 @@ def _stream(
     result = _allocate(job.sizes, job.dtype, job.device)
     with _Crew(job, dtype) as crew:
         tiles = list(enumerate(job.tiles(crew.chunk)))
-        # A Karcher mean takes a hundred small operations: rather than for each tile,
-        # carry them out for several, and read these once more.
-        together = 1 if job.models == 2 else _TILES_TOGETHER
+        # A mean takes many small operations, which is long for those of more than two
+        # models, and on an accelerator. So carry them out for several tiles at once,
+        # and read these again.
+        simple = job.models == 2 and job.device.type == "cpu"
+        together = 1 if simple else _TILES_TOGETHER
         squares = torch.empty(len(tiles), 2, dtype=job.wide_dtype, device=job.device)
         found: dict[int, tuple[slice, torch.Tensor]] = {}
 

@@ -61,6 +61,7 @@ def _known() -> tuple[str, str]:
     return _ADAPTERS.get(release[0] if release else "", ("", ""))
 
 
+@cache
 def mergekit_version() -> str:
     try:
         return version("mergekit")

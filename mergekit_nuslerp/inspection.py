@@ -1,0 +1,386 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""The geometry of a merge, measured before it is carried out.
+
+mergekit plans and loads as it would for the merge; instead of merging a weight, the
+Gram matrices of its vectors are taken, on which all else depends.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.merge import _model_out_config
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from pydantic import AliasChoices, BaseModel, Field
+from safetensors import safe_open
+
+import mergekit_nuslerp
+from mergekit_nuslerp import plugin, register
+from mergekit_nuslerp.adapters.planning import Planned
+from mergekit_nuslerp.geometry import mean_coefficients, normalize_weights
+from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices
+from mergekit_nuslerp.parameters import ConfigError, check_models, nonfinite
+from mergekit_nuslerp.plugin import mergekit_version
+
+# Bins of the angles' histograms.
+_BINS = 40
+
+# Vectors at a smaller angle, in radians, are counted as parallel.
+_PARALLEL = 1e-6
+
+
+class Distribution(BaseModel):
+    """Angles between the vectors of two models, in radians."""
+
+    p5: float
+    p25: float
+    p50: float
+    p75: float
+    p95: float
+    smallest: float
+    largest: float
+    histogram: list[int] = Field(
+        description="how many angles fall into each of equal bins from smallest to "
+        "largest; a single bin where these are equal"
+    )
+
+
+class Pair(BaseModel):
+    """Two models' vectors in one tensor."""
+
+    first: str
+    second: str
+    angle: Distribution | None = Field(
+        description="of the vectors that neither model has as zero; null without any"
+    )
+    parallel: int = Field(description="vectors at less than a millionth of a radian")
+    antipodal: int = Field(description="vectors that are opposite, so merged linearly")
+
+
+class Part(BaseModel):
+    """One model's share in a tensor."""
+
+    model: str
+    weight: float = Field(description="as resolved, divided by the sum of the weights")
+    norm: float = Field(description="length of its (task) vector over the whole tensor")
+    relative_norm: float | None = Field(
+        description="that length over the base weight's; null without a base"
+    )
+    zero: int = Field(description="vectors that are zero: unchanged from the base")
+
+
+class TensorGeometry(BaseModel):
+    """What decides the merge of one tensor."""
+
+    name: str
+    layer: int | None = Field(description="the layer's number, null outside of layers")
+    projection: str = Field(description="the name without layer number and 'weight'")
+    shape: list[int]
+    dtype: str
+    granularity: str
+    magnitude: str
+    lambda_: float = Field(
+        validation_alias=AliasChoices("lambda", "lambda_"), serialization_alias="lambda"
+    )
+    t: float | None = Field(description="of two models: 0 is the first, 1 the second")
+    vectors: int
+    parts: list[Part]
+    pairs: list[Pair]
+    norm_ratio: float | None = Field(
+        description="largest over smallest norm of a part; null where that is zero"
+    )
+    base_norm: float | None
+    linear: int = Field(description="vectors without a unique mean, merged linearly")
+    departure: float | None = Field(
+        description="distance between this merge and the linear one with the same "
+        "weights and lambda, over the linear one's length (of task vectors where "
+        "there is a base); null where that is zero"
+    )
+    length: float | None = Field(
+        description="length of the merged (task) vector, without lambda, over the "
+        "weighted mean of the parts' norms; null where that is zero"
+    )
+
+
+class Skipped(BaseModel):
+    """A tensor that the merge does not interpolate."""
+
+    name: str
+    reason: str
+
+
+class Inspection(BaseModel):
+    """The geometry of a merge. Angles are in radians."""
+
+    schema_version: int = 1
+    mergekit_nuslerp: str
+    mergekit: str
+    base: str | None
+    models: list[str]
+    tensors: list[TensorGeometry]
+    skipped: list[Skipped]
+
+
+def inspect(
+    config: MergeConfiguration,
+    options: MergeOptions | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Measure the geometry of a merge, as mergekit would run it.
+
+    Tensors are loaded one after the other, and nothing is written.
+
+    Args:
+        config: mergekit's configuration of a merge by `nuslerp`.
+        options: mergekit's options, as for the merge.
+        progress: called with the tensors done and their number, before the first
+            tensor and after each.
+
+    Raises:
+        ConfigError: a config of another method, or one that cannot be run.
+        NonFiniteError: NaN or infinity in a checkpoint, as ValueError with the name.
+    """
+    if config.merge_method != "nuslerp":
+        raise ConfigError(
+            f"this config merges by `{config.merge_method}`. `inspect` shows merges by "
+            "`nuslerp`: write `merge_method: nuslerp` and a `weight` under each model "
+            "to see these models' geometry"
+        )
+    register()
+    options = options or MergeOptions()
+    models = config.referenced_models()  # in any order
+    loaders = LoaderCache()
+    loaders.setup(options=options)
+    for model in models:
+        _check_files(loaders, model)
+    architecture = get_architecture_info(config, options)
+    planner = MergePlanner(
+        config,
+        architecture,
+        options=options,
+        out_model_config=_model_out_config(
+            config, architecture, trust_remote_code=options.trust_remote_code
+        ),
+    )
+    adapter = plugin.adapter()
+    tasks = [
+        _Measure(planned=adapter.planned(target.tensor_task))
+        for target in planner.plan_to_disk(out_path="")  # only plans
+        if isinstance(target, SaveTensor)
+    ]
+    found: dict[str, TensorGeometry | Skipped] = {}
+    if progress:
+        progress(0, len(tasks))
+    executor = Executor(targets=tasks, math_device=options.device, storage_device="cpu")
+    for task, measured in executor.run(quiet=True):
+        found[task.planned.name] = measured
+        if progress:
+            progress(len(found), len(tasks))
+    in_order = [found[task.planned.name] for task in tasks]
+    tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
+    base = config.base_model
+    return Inspection(
+        mergekit_nuslerp=mergekit_nuslerp.__version__,
+        mergekit=mergekit_version(),
+        base=None if base is None else str(base),
+        models=list(dict.fromkeys(p.model for tensor in tensors for p in tensor.parts)),
+        tensors=tensors,
+        skipped=[entry for entry in in_order if isinstance(entry, Skipped)],
+    )
+
+
+def _check_files(loaders: LoaderCache, model: ModelReference) -> None:
+    """Open a model's files, as the merge does one after the other, to see them whole.
+
+    Raises:
+        ConfigError: a checkpoint that is missing or damaged.
+    """
+    path, file = str(model.model.path), ""
+    try:
+        index = loaders.get(model).index
+        for shard in index.shards if index.is_safetensors else ():
+            file = os.path.join(index.base_path, shard.filename)
+            with safe_open(file, framework="pt") as opened:
+                missing = set(shard.contained_keys) - set(opened.keys())
+            if missing:
+                raise ConfigError(f"{min(missing)} is not in it")
+    except Exception as error:  # of files, of formats, of networks
+        reason = str(error)
+        if not os.path.exists(path):
+            # Of what looks like a path, a hub only says that it is no name.
+            is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
+            file = f"there is no folder {path}"
+            reason = f"and no model of that name: {reason}" if is_name else ""
+        where = " ".join(f"{file}: {reason}".strip(": ").split())
+        raise ConfigError(f"model {model} cannot be read: {where}") from error
+
+
+class _Measure(Task[Any]):
+    """Stands in for a merge task, and looks at its tensors instead."""
+
+    planned: Planned
+
+    def arguments(self) -> dict[str, Task]:
+        return {"tensors": self.planned.tensors}
+
+    def group_label(self) -> str | None:
+        return self.planned.tensors.group_label()
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(  # type: ignore[override]
+        self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
+    ) -> TensorGeometry | Skipped:
+        planned = self.planned
+        if len(tensors) < 2:
+            return Skipped(name=planned.name, reason="only one model has it")
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+            return Skipped(name=planned.name, reason="its numbers are not fractional")
+        check_models(list(tensors), planned.base, tensor=planned.name)
+        tensors = plugin.adapter().aligned(planned, tensors)
+        shapes = {str(model): tuple(tensors[model].shape) for model in tensors}
+        if len(set(shapes.values())) > 1:
+            raise ConfigError(f"tensor {planned.name} differs in shape: {shapes}")
+        return measure(planned, tensors)
+
+
+def measure(
+    planned: Planned, tensors: Mapping[ModelReference, torch.Tensor]
+) -> TensorGeometry:
+    """Measure the geometry of one tensor's merge.
+
+    Args:
+        planned: how it is to be merged.
+        tensors: of the models and the base, all of one shape.
+    """
+    models = [model for model in planned.weights if model in tensors]
+    base = None if planned.base is None else tensors[planned.base]
+    inputs = [tensors[model] for model in models]
+    try:
+        grams = gram_matrices(inputs, base=base, granularity=planned.granularity)
+    except NonFiniteError as error:
+        culprit = planned.base if error.model is None else models[error.model]
+        raise ValueError(
+            nonfinite(planned.name, culprit, is_base=error.model is None)
+        ) from None
+    dtype = inputs[0].dtype
+    for tensor in tensors.values():
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    count = len(models)
+    grams = grams.cpu()
+    base_norm = None if base is None else float(grams[:, -1, -1].sum().sqrt())
+    grams = grams[:, :count, :count]
+    weights = normalize_weights(
+        torch.tensor([planned.weights[model] for model in models], dtype=grams.dtype)
+    )
+    tolerance = torch.finfo(dtype).eps
+    coefficients, unique = mean_coefficients(
+        grams,
+        weights,
+        magnitude=planned.magnitude,
+        antipodal_tolerance=tolerance,
+    )
+    squares = grams.diagonal(dim1=-2, dim2=-1)
+    norms = squares.sum(0).sqrt()
+    linear = _length(weights.expand_as(coefficients), grams)
+    departure = _length(coefficients - weights, grams)
+    mean_norm = float((weights * norms).sum())
+    name = re.fullmatch(r"(.*?)(?:\.weight)?", planned.name)
+    stem = name[1] if name else planned.name
+    layer = re.search(r"\.(\d+)\.", stem)
+    return TensorGeometry(
+        name=planned.name,
+        layer=int(layer[1]) if layer else None,
+        projection=stem[layer.end() :] if layer else stem,
+        shape=list(inputs[0].shape),
+        dtype=str(dtype).removeprefix("torch."),
+        granularity=planned.granularity,
+        magnitude=planned.magnitude,
+        lambda_=planned.lambda_,
+        t=float(weights[1]) if count == 2 else None,
+        vectors=len(grams),
+        parts=[
+            Part(
+                model=str(model),
+                weight=float(weights[index]),
+                norm=float(norms[index]),
+                relative_norm=_ratio(float(norms[index]), base_norm),
+                zero=int((squares[:, index] == 0).sum()),
+            )
+            for index, model in enumerate(models)
+        ],
+        pairs=[
+            _pair(models, grams, first, second, tolerance)
+            for first, second in combinations(range(count), 2)
+        ],
+        norm_ratio=_ratio(float(norms.max()), float(norms.min())),
+        base_norm=base_norm,
+        linear=int((~unique).sum()),
+        departure=_ratio(departure, linear),
+        length=_ratio(_length(coefficients, grams), mean_norm),
+    )
+
+
+def _length(coefficients: torch.Tensor, grams: torch.Tensor) -> float:
+    """Length over the whole tensor of sums of its vectors."""
+    products = (grams @ coefficients.unsqueeze(-1)).squeeze(-1)
+    return float((coefficients * products).sum().clamp(min=0).sqrt())
+
+
+def _ratio(value: float, unit: float | None) -> float | None:
+    return value / unit if unit else None
+
+
+def _pair(
+    models: Sequence[ModelReference],
+    grams: torch.Tensor,
+    first: int,
+    second: int,
+    tolerance: float,
+) -> Pair:
+    lengths = grams.diagonal(dim1=-2, dim2=-1).sqrt()
+    present = (lengths[:, first] > 0) & (lengths[:, second] > 0)
+    products = lengths[:, first] * lengths[:, second]
+    cosines = (grams[:, first, second] / products)[present].clamp(-1, 1)
+    # Not the arc cosine, which would lose the digits of small angles.
+    angles = torch.atan2(((1 - cosines) * (1 + cosines)).sqrt(), cosines).numpy()
+    return Pair(
+        first=str(models[first]),
+        second=str(models[second]),
+        angle=_distribution(angles) if len(angles) else None,
+        parallel=int((angles < _PARALLEL).sum()),
+        antipodal=int((cosines <= tolerance - 1).sum()),
+    )
+
+
+def _distribution(angles: np.ndarray) -> Distribution:
+    smallest, largest = float(angles.min()), float(angles.max())
+    bins = _BINS if largest > smallest else 1
+    p5, p25, p50, p75, p95 = np.quantile(angles, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
+    histogram, _ = np.histogram(angles, bins, (smallest, largest))
+    return Distribution(
+        p5=p5,
+        p25=p25,
+        p50=p50,
+        p75=p75,
+        p95=p95,
+        smallest=smallest,
+        largest=largest,
+        histogram=histogram.tolist(),
+    )

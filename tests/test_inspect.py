@@ -1,0 +1,929 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""What `mergekit-nuslerp inspect` says is so, of real checkpoints and made up ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mergekit.merge_methods
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from mergekit.common import ImmutableMap, ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from oracle import angle, oracle, vectors
+from safetensors.torch import save_file
+from support import EXAMPLES, load_tensors, run_command, working_directory
+
+from mergekit_nuslerp import cli, inspection, report
+from mergekit_nuslerp.adapters.planning import Planned
+from mergekit_nuslerp.checkpoints import write_checkpoints
+from mergekit_nuslerp.inspection import Inspection, TensorGeometry
+
+# Parameters whose values are names, which mergekit 0.1.4 does not take.
+TAKES_NAMES = hasattr(mergekit.merge_methods, "merge_tensors")
+only_names = pytest.mark.skipif(not TAKES_NAMES, reason="new in mergekit 0.1.5")
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """mergekit remembers by its path what it has opened."""
+    LoaderCache.loaders.clear()
+    yield
+    LoaderCache.loaders.clear()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, `sft`, `dpo`, `kd` of two layers. Not to be written to."""
+    folder = tmp_path_factory.mktemp("small")
+    write_checkpoints(
+        folder,
+        fine_tunes=["sft", "dpo", "kd"],
+        layers=2,
+        hidden_size=32,
+        vocabulary=272,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def card_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of the model card's config, which names 32 layers."""
+    folder = tmp_path_factory.mktemp("card")
+    write_checkpoints(
+        folder,
+        base="medalpaca-7b",
+        fine_tunes=["medalpaca-sft", "medalpaca-kd"],
+        layers=32,
+        hidden_size=32,
+        vocabulary=272,
+    )
+    return folder
+
+
+def config_of(weights: dict[str, float], base: str | None, **shared: Any) -> dict:
+    config: dict[str, Any] = {"merge_method": "nuslerp", "dtype": "bfloat16"}
+    if base:
+        config["base_model"] = f"./{base}"
+    config["models"] = [
+        {"model": f"./{name}", "parameters": {"weight": weight}}
+        for name, weight in weights.items()
+    ]
+    return {**config, "parameters": shared}
+
+
+def inspect_here(config: dict, folder: Path, **more: Any) -> Inspection:
+    with working_directory(folder):
+        return inspection.inspect(MergeConfiguration.model_validate(config), **more)
+
+
+def command(folder: Path, *words: str | Path) -> Result:
+    """Run `mergekit-nuslerp inspect` in this process."""
+    with working_directory(folder):
+        return CliRunner().invoke(cli.main, ["inspect", *map(str, words)])
+
+
+# --- The figures -------------------------------------------------------------------
+
+
+GRANULARITIES: dict[str, dict[str, Any]] = {
+    "tensor": {},
+    "row": {"nuslerp_flatten": False},
+    "dim0": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+}
+if TAKES_NAMES:
+    GRANULARITIES |= {
+        name: {"nuslerp_granularity": name}
+        for name in ("matrix", "column", "row:8", "column:8")
+    }
+
+MERGES: list[tuple[dict[str, float], str | None, dict[str, Any]]] = [
+    ({"kd": 0.2, "sft": 0.6}, "base", {"lambda": 0.5}),
+    ({"sft": 0.3, "kd": 0.7}, None, {}),
+    ({"sft": 1, "dpo": 2}, "base", {"nuslerp_magnitude": "linear"}),
+    ({"sft": 0.5, "kd": 0.3, "dpo": 0.2}, "base", {}),
+    ({"dpo": 0.2, "kd": 0.3, "sft": 0.5}, None, {"nuslerp_magnitude": "geometric"}),
+]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("weights, base, shared", MERGES)
+def test_figures(
+    weights: dict[str, float],
+    base: str | None,
+    shared: dict[str, Any],
+    granularity: str,
+    small: Path,
+) -> None:
+    """All of them, against float64 arithmetic on whole vectors."""
+    if not TAKES_NAMES:
+        shared = {key: shared[key] for key in shared if "nuslerp_" not in key}
+    config = config_of(weights, base, **shared, **GRANULARITIES[granularity])
+    found = inspect_here(config, small)
+    records = json.loads(found.model_dump_json(by_alias=True))
+    states = {name: load_tensors(small / name) for name in weights}
+    base_state = load_tensors(small / base) if base else {}
+    assert records["models"] == [f"./{name}" for name in weights]
+    assert sorted(t["name"] for t in records["tensors"]) == sorted(states["sft"])
+    assert not records["skipped"]
+    # Those of another layer take as long and add nothing.
+    for record in records["tensors"]:
+        if record["layer"] in (None, 1):
+            name = record["name"]
+            tensors = {model: state[name] for model, state in states.items()}
+            expected = figures(
+                tensors, weights, base_state.get(name), granularity, shared
+            )
+            assert_agree(record, expected, name)
+
+
+def figures(
+    tensors: dict[str, torch.Tensor],
+    weights: dict[str, float],
+    base: torch.Tensor | None,
+    granularity: str,
+    shared: dict[str, Any],
+) -> dict[str, Any]:
+    """A tensor's record, from the definitions of what it says."""
+    shape = next(iter(tensors.values())).shape
+    places = list(vectors(shape, granularity))
+    origin = torch.zeros(shape).double() if base is None else base.double()
+    tasks = {model: tensor.double() - origin for model, tensor in tensors.items()}
+    split = {
+        model: torch.stack([task[place].flatten() for place in places])
+        for model, task in tasks.items()
+    }
+    shares = {
+        model: weight / sum(weights.values()) for model, weight in weights.items()
+    }
+    norms = {model: task.norm().item() for model, task in tasks.items()}
+    magnitude, lambda_ = (
+        shared.get("nuslerp_magnitude", "slerp"),
+        shared.get("lambda", 1),
+    )
+    merged = oracle(
+        list(tensors.values()),
+        tuple(weights.values()),
+        base,
+        granularity,
+        magnitude=magnitude,
+        lambda_=lambda_,
+    )
+    merged = (merged - origin) / lambda_
+    linear = sum(shares[model] * tasks[model] for model in tasks)
+    mean_norm = sum(shares[model] * norms[model] for model in tasks)
+    base_norm = None if base is None else origin.norm().item()
+    return {
+        "shape": list(shape),
+        "dtype": "bfloat16",
+        "granularity": granularity,
+        "magnitude": magnitude,
+        "lambda": lambda_,
+        "t": list(shares.values())[1] if len(shares) == 2 else None,
+        "vectors": len(places),
+        "base_norm": base_norm,
+        "norm_ratio": ratio(max(norms.values()), min(norms.values())),
+        "departure": ratio((merged - linear).norm().item(), linear.norm().item()),
+        "length": ratio(merged.norm().item(), mean_norm),
+        "linear": 0,
+        "parts": [
+            {
+                "model": f"./{model}",
+                "weight": shares[model],
+                "norm": norms[model],
+                "relative_norm": None if base is None else norms[model] / base_norm,
+                "zero": (split[model] == 0).all(-1).sum().item(),
+            }
+            for model in tensors
+        ],
+        "pairs": [
+            {
+                "first": f"./{first}",
+                "second": f"./{second}",
+                "antipodal": 0,
+                **angles(split[first], split[second]),
+            }
+            for index, first in enumerate(tensors)
+            for second in list(tensors)[index + 1 :]
+        ],
+    }
+
+
+def ratio(value: float, unit: float) -> float | None:
+    return value / unit if unit else None
+
+
+def angles(first: torch.Tensor, second: torch.Tensor) -> dict[str, Any]:
+    both = first.any(-1) & second.any(-1)
+    units = [v[both] / v[both].norm(dim=-1, keepdim=True) for v in (first, second)]
+    found = sorted(angle(*units).tolist())
+    if not found:
+        return {"angle": None, "parallel": 0}
+
+    def quantile(share: float) -> float:
+        place = share * (len(found) - 1)
+        below = math.floor(place)
+        above = min(below + 1, len(found) - 1)
+        return found[below] + (place - below) * (found[above] - found[below])
+
+    named = {f"p{n}": quantile(n / 100) for n in (5, 25, 50, 75, 95)}
+    ends = {"smallest": found[0], "largest": found[-1]}
+    parallel = sum(value < 1e-6 for value in found)
+    return {"angle": {**named, **ends}, "parallel": parallel}
+
+
+def assert_agree(found: Any, expected: Any, place: str) -> None:
+    """To 1e-6, in all that is expected."""
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            assert_agree(found[key], value, f"{place} {key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), place
+        for index, value in enumerate(expected):
+            assert_agree(found[index], value, f"{place}[{index}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6), place
+    else:
+        assert found == expected, place
+
+
+def measured(
+    tensors: list[torch.Tensor],
+    weights: list[float],
+    base: torch.Tensor | None = None,
+    granularity: str = "row",
+    magnitude: Any = "slerp",
+) -> TensorGeometry:
+    """The record of a tensor made up here."""
+    models = [ModelReference.parse(f"model-{index}") for index in range(len(tensors))]
+    state = dict(zip(models, tensors))
+    origin = ModelReference.parse("base") if base is not None else None
+    if origin is not None and base is not None:
+        state[origin] = base
+    planned = Planned(
+        name="model.layers.3.mlp.up_proj.weight",
+        tensors=None,
+        weights=ImmutableMap(dict(zip(models, weights))),
+        base=origin,
+        granularity=granularity,
+        magnitude=magnitude,
+        lambda_=1.0,
+        info=None,
+    )
+    return inspection.measure(planned, state)
+
+
+def test_counts_of_special_vectors() -> None:
+    v = torch.tensor([3.0, 4.0, 0.0])
+    zero = torch.zeros(3)
+    across = torch.tensor([4.0, -3.0, 0.0])
+    first = torch.stack([zero, zero, v, v, v, v, v])
+    second = torch.stack([zero, v, 2 * v, 2 * v, -v, -3 * v, across])
+    found = measured([first, second], [1, 3])
+    (pair,) = found.pairs
+    assert [part.zero for part in found.parts] == [2, 1]
+    assert (found.vectors, found.linear) == (7, 2)
+    assert (pair.parallel, pair.antipodal) == (2, 2)
+    assert pair.angle is not None
+    assert sum(pair.angle.histogram) == 5  # those that are not zero
+    assert pair.angle.smallest == 0
+    assert pair.angle.p50 == pytest.approx(math.pi / 2)
+    assert pair.angle.largest == pytest.approx(math.pi)
+    assert (found.layer, found.projection) == (3, "mlp.up_proj")
+
+
+def test_vectors_that_cancel_have_no_unique_mean() -> None:
+    corners = [[1.0, 0.0], [-0.5, 3**0.5 / 2], [-0.5, -(3**0.5) / 2]]
+    tensors = [
+        torch.tensor([corner, [1.0, 0.1 * n]]) for n, corner in enumerate(corners)
+    ]
+    found = measured(tensors, [1, 1, 1])
+    assert (found.vectors, found.linear) == (2, 1)
+    assert not any(pair.antipodal for pair in found.pairs)
+
+
+def test_tensors_are_dropped_one_after_the_other(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref] = []
+    measure = inspection.measure
+
+    def watched(planned: Planned, tensors: Any) -> TensorGeometry:
+        assert not any(tensor() is not None for tensor in alive)
+        alive[:] = [weakref.ref(tensor) for tensor in tensors.values()]
+        return measure(planned, tensors)
+
+    monkeypatch.setattr(inspection, "measure", watched)
+    steps: list[tuple[int, int]] = []
+    config = config_of({"sft": 1, "kd": 1}, "base")
+    found = inspect_here(config, small, progress=lambda *at: steps.append(at))
+    count = len(found.tensors)
+    assert len(alive) == 3
+    assert steps == [(done, count) for done in range(count + 1)]
+
+
+# --- The command -------------------------------------------------------------------
+
+
+def needs_names(config: str) -> bool:
+    named = yaml.safe_load(config).get("parameters", {}).keys()
+    return bool(named & {"nuslerp_granularity", "nuslerp_magnitude"})
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
+def test_examples(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folders = {
+        "medswin.yaml": "card_checkpoints",
+        "heads_and_neurons.yaml": "wide_checkpoints",
+    }
+    folder = request.getfixturevalue(folders.get(path.name, "checkpoints"))
+    records, table = tmp_path / "records.json", tmp_path / "table.csv"
+    done = command(folder, path, "--json", records, "--csv", table)
+    if needs_names(path.read_text(encoding="utf-8")) and not TAKES_NAMES:
+        assert_refused(done, r"mergekit 0\.1\.4 takes only numbers")
+        assert not [*tmp_path.iterdir()]
+        return
+    assert done.exit_code == 0, done.stderr
+    assert {entry.name for entry in tmp_path.iterdir()} == {records.name, table.name}
+    found = json.loads(records.read_text(encoding="utf-8"))
+    weights = load_tensors(folder / found["models"][0])
+    assert {tensor["name"] for tensor in found["tensors"]} == weights.keys()
+    assert_table_agrees(table, found)
+    assert_narrow(done.stdout)
+    for layer in {tensor["layer"] for tensor in found["tensors"]} - {None}:
+        assert len(re.findall(rf"^{layer:>5}  ", done.stdout, re.MULTILINE)) == 1
+
+
+def assert_table_agrees(path: Path, found: dict[str, Any]) -> None:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    pairs = [(t, pair) for t in found["tensors"] for pair in t["pairs"]]
+    assert len(rows) == len(pairs)
+    for row, (tensor, pair) in zip(rows, pairs):
+        assert row.keys() == report.COLUMNS.keys()
+        parts = {part["model"]: part for part in tensor["parts"]}
+        same = {
+            "tensor": tensor["name"],
+            "layer": tensor["layer"],
+            "granularity": tensor["granularity"],
+            "lambda": tensor["lambda"],
+            "vectors": tensor["vectors"],
+            "first": pair["first"],
+            "second": pair["second"],
+            "weight_first": parts[pair["first"]]["weight"],
+            "norm_second": parts[pair["second"]]["norm"],
+            "relative_norm_second": parts[pair["second"]]["relative_norm"],
+            "zero_second": parts[pair["second"]]["zero"],
+            "antipodal": pair["antipodal"],
+            "no_unique_mean": tensor["linear"],
+            "departure_from_linear": tensor["departure"],
+            "length": tensor["length"],
+        }
+        for column, value in same.items():
+            assert row[column] == ("" if value is None else str(value)), column
+        for quantile in ("smallest", "p5", "p25", "p50", "p75", "p95", "largest"):
+            cell = row[f"angle_{quantile}_degrees"]
+            if pair["angle"] is None:
+                assert cell == ""
+            else:
+                expected = pair["angle"][quantile] * 180 / math.pi
+                assert float(cell) == pytest.approx(expected, rel=1e-12)
+
+
+def assert_narrow(text: str) -> None:
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_row_for_each_tensor_and_pair(small: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    models = {"sft": 1, "kd": 1, "dpo": 1}
+    config.write_text(yaml.safe_dump(config_of(models, "base")), encoding="utf-8")
+    done = command(small, config, "--full")
+    assert done.exit_code == 0
+    assert_narrow(done.stdout)
+    tensors = load_tensors(small / "base")
+    for pair in ("1-2", "1-3", "2-3"):
+        assert len(re.findall(rf"  {pair}  ", done.stdout)) == len(tensors)
+
+
+def test_the_schema_describes_the_records(small: Path) -> None:
+    done = command(small, "--schema")
+    schema = json.loads(done.stdout)
+    found = inspect_here(config_of({"sft": 1, "kd": 1}, "base"), small)
+    tensor = json.loads(found.model_dump_json(by_alias=True))["tensors"][0]
+    definitions = schema["$defs"]
+    for name, record in (
+        ("TensorGeometry", tensor),
+        ("Part", tensor["parts"][0]),
+        ("Pair", tensor["pairs"][0]),
+        ("Distribution", tensor["pairs"][0]["angle"]),
+    ):
+        assert definitions[name]["properties"].keys() == record.keys()
+    assert "radians" in schema["description"]
+
+
+# --- Words -------------------------------------------------------------------------
+
+
+def words(text: str) -> str:
+    """In one line, without the tables."""
+    return " ".join(text.split())
+
+
+def shown(config: dict, folder: Path) -> tuple[Inspection, str]:
+    found = inspect_here(config, folder)
+    return found, words(report.text(found))
+
+
+def test_what_one_model_left_unchanged(small: Path) -> None:
+    _, text = shown(config_of({"sft": 0.3, "kd": 0.7}, "base"), small)
+    assert (
+        "5 tensors of 21 unchanged in kd: all 2 input_layernorm, all 2 "
+        "post_attention_layernorm, the norm." in text
+    )
+    assert "unchanged in sft" not in text
+    # There the other one's task vector is at a right angle to nothing.
+    taken = math.sin(0.3 * math.pi / 2)
+    assert "only sft has a task vector that is not zero. Magnitude slerp takes " in text
+    assert f"takes {taken:.3g} of it, where its weight is 0.3." in text
+
+
+@only_names
+def test_no_warning_where_the_weight_is_what_is_taken(small: Path) -> None:
+    config = config_of({"sft": 0.3, "kd": 0.7}, "base", nuslerp_magnitude="linear")
+    _, text = shown(config, small)
+    assert "unchanged in kd" in text
+    assert "warning" not in text
+
+
+def test_rows_that_one_model_left_unchanged(tmp_path: Path, small: Path) -> None:
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if "embed_tokens" in name:
+            weight[:100] = load_tensors(small / "base")[name][:100]
+        return weight
+
+    altered(small, tmp_path, change)
+    config = config_of({"sft": 1, "kd": 1}, "base", nuslerp_flatten=False)
+    _, text = shown(config, tmp_path)
+    assert "100 of the 272 vectors of 1 other tensor unchanged in kd." in text
+
+
+def test_where_spherical_and_linear_agree(small: Path) -> None:
+    """The bounds that are said hold in a merge, and are not much too wide."""
+    _, text = shown(config_of({"sft": 0.3, "kd": 0.7}, None), small)
+    said = re.search(
+        r"Angles up to ([\d.]+) degrees: .* agree to (\S+) everywhere", text
+    )
+    assert said
+    states = [load_tensors(small / name) for name in ("sft", "kd")]
+    departures, widest = [], []
+    for name in states[0]:
+        a, b = (state[name].double().flatten() for state in states)
+        linear = 0.3 * a + 0.7 * b
+        merged = oracle([state[name] for state in states], (0.3, 0.7), None, "tensor")
+        departures.append(((merged.flatten() - linear).norm() / linear.norm()).item())
+        widest.append(math.degrees(angle(a / a.norm(), b / b.norm()).item()))
+    assert max(widest) <= float(said[1]) <= 1.1 * max(widest)
+    assert max(departures) <= float(said[2]) <= 10 * max(departures)
+
+
+def test_where_they_do_not(small: Path) -> None:
+    found, text = shown(config_of({"sft": 0.3, "kd": 0.7}, "base"), small)
+    departures = {t.name: t.departure for t in found.tensors if t.departure is not None}
+    most = max(departures, key=lambda name: departures[name])
+    assert "agree" not in text
+    assert (
+        f"to {100 * departures[most]:.2g} % in {most.removesuffix('.weight')}." in text
+    )
+
+
+def test_a_longer_task_vector_draws_the_merge(checkpoints: Path) -> None:
+    config = config_of({"sft": 0.5, "dpo": 0.5}, "base")
+    _, text = shown(config, checkpoints)
+    said = re.search(
+        r"most in (\S+), dpo's ([\d.]+) times as long as sft's. .* There it turns "
+        r"(\d+) % of the angle, where the weights say 50 %. `nuslerp_magnitude: ",
+        text,
+    )
+    assert said
+    base, sft, dpo = (
+        load_tensors(checkpoints / name)[f"{said[1]}.weight"]
+        for name in ("base", "sft", "dpo")
+    )
+    merged = oracle([sft, dpo], (0.5, 0.5), base, "tensor") - base.double()
+    first, second, between = (
+        v.flatten() / v.norm()
+        for v in (sft.double() - base, dpo.double() - base, merged)
+    )
+    turned = (angle(first, between) / angle(first, second)).item()
+    assert float(said[3]) == pytest.approx(100 * turned, abs=0.51)
+    longer = ((dpo.double() - base).norm() / (sft.double() - base).norm()).item()
+    assert float(said[2]) == pytest.approx(longer, abs=0.051)
+
+
+def test_extrapolation_is_said(small: Path) -> None:
+    config = config_of({"sft": -0.3, "kd": 1.3}, "base")
+    _, text = shown(config, small)
+    assert re.search(r"beyond the models, at t = 1\.3 \(0 is sft, 1 is kd\)", text)
+
+
+def test_models_that_are_the_same(small: Path, tmp_path: Path) -> None:
+    altered(small, tmp_path, lambda _, weight: weight)
+    shutil.copytree(small / "kd", tmp_path / "copy")
+    _, text = shown(config_of({"kd": 1, "copy": 1}, "base"), tmp_path)
+    assert "kd and copy do not differ in any tensor." in text
+    _, text = shown(config_of({"kd": 1, "sft": 1}, "base"), tmp_path)
+    assert "do not differ" not in text
+
+
+def made_up(tensors: list[TensorGeometry], **rest: Any) -> Inspection:
+    models = list(dict.fromkeys(part.model for t in tensors for part in t.parts))
+    return Inspection(
+        mergekit_nuslerp="0",
+        mergekit="0.1.5",
+        base=None,
+        **{"models": models, "tensors": tensors, "skipped": [], **rest},
+    )
+
+
+def test_vectors_without_a_mean_are_counted() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    opposite = rows * torch.tensor([[-1.0], [1.0], [-2.0]])
+    text = words(report.text(made_up([measured([rows, opposite], [1, 1])])))
+    assert (
+        "2 of the 3 vectors of tensor model.layers.3.mlp.up_proj have no unique mean"
+        in text
+    )
+
+
+def test_skipped_tensors_are_named() -> None:
+    skipped = [
+        inspection.Skipped(name=f"buffer.{n}", reason="only one model has it")
+        for n in range(5)
+    ]
+    text = words(report.text(made_up([], skipped=skipped)))
+    assert (
+        "not interpolated, as only one model has it: 5 tensors (buffer.0, buffer.1, "
+        "buffer.2, ...)." in text
+    )
+    assert "nothing to interpolate" in text
+
+
+MIXTURE = [f"mlp.experts.{n}.{p}" for n in range(3) for p in ("gate_proj", "up_proj")]
+LLAMA = [f"self_attn.{name}_proj" for name in "qkvo"]
+LLAMA += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"]
+LONG = ["self_attn.kv_a_proj_with_mqa", "mlp.shared_experts.down_proj", "a" * 90]
+
+
+@pytest.mark.parametrize("models", [2, 3])
+@pytest.mark.parametrize(
+    "projections, columns",
+    [
+        (LLAMA, "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+        ([*LLAMA, "self_attn.q_proj.bias"], "up_proj down_proj"),
+        (MIXTURE, "gate_proj up_proj"),
+        ([*LLAMA, *LONG], "o_proj gate_proj up_proj mlp.down_proj"),
+        ([*LLAMA, *MIXTURE], "experts.*.gate_proj experts.*.up_proj"),
+    ],
+)
+def test_tables_fit_the_width(
+    models: int, projections: list[str], columns: str
+) -> None:
+    torch.manual_seed(0)
+    layers = range(80)
+    record = measured([*torch.randn(models, 4, 4)], [1] * models)
+    flat = measured([*torch.randn(models, 4)], [1] * models)
+    tensors = [
+        (flat if "norm" in projection or "bias" in projection else record).model_copy(
+            update={
+                "name": f"model.layers.{layer}.{projection}.weight",
+                "layer": layer,
+                "projection": projection,
+            }
+        )
+        for layer in layers
+        for projection in projections
+    ]
+    found = made_up(tensors)
+    overview = report.text(found)
+    for text in (overview, report.text(found, full=True)):
+        tables, _ = text.split("\n- ", 1)
+        assert_narrow(tables)
+    assert words(columns) in words(overview)
+    bands = len(re.findall("^layer  ", overview, re.MULTILINE))
+    for layer in layers:
+        assert len(re.findall(rf"^{layer:>5}  ", overview, re.MULTILINE)) == bands
+
+
+# --- Bad input ---------------------------------------------------------------------
+
+
+def altered(
+    source: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Path:
+    """Copies of `base`, `sft` and `kd`, with the last one's weights changed."""
+    for name in ("base", "sft"):
+        (to / name).symlink_to(source / name)
+    shutil.copytree(source / "kd", to / "kd")
+    for shard in (to / "kd").glob("*.safetensors"):
+        state = load_tensors_of(shard)
+        changed = {name: change(name, weight) for name, weight in state.items()}
+        save_file(changed, shard, {"format": "pt"})
+    return to / "kd"
+
+
+def load_tensors_of(shard: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(shard)
+
+
+def assert_refused(done: Any, message: str) -> None:
+    """One clear line, and nothing else."""
+    status = done.exit_code if isinstance(done, Result) else done.returncode
+    assert status == 2, (done.stdout, done.stderr)
+    assert done.stdout == ""
+    assert re.fullmatch(f"Error: .*{message}.*\n", done.stderr), done.stderr
+
+
+CONFIG = yaml.safe_dump(config_of({"sft": 0.3, "kd": 0.7}, "base"))
+
+BAD_CONFIGS = {
+    "models: [1,\nb: }": r"config\.yaml is not YAML: .*line 2",
+    "\tmodels": r"config\.yaml is not YAML",
+    "": r"config\.yaml: .*dictionary",
+    "just words": r"config\.yaml: .*dictionary",
+    "merge_method: nuslerp\nmodels: 3\n": r"config\.yaml: models .*list",
+    CONFIG.replace("nuslerp", "linear"): r"merges by `linear`.*write `merge_method: nu",
+    CONFIG.replace("weight", "wait"): r"'weight' of model \./(sft|kd).* is missing",
+    CONFIG.replace("{}", "{nuslerp_flaten: 1}"): r"'nuslerp_flaten'. Did you mean",
+    CONFIG.replace("./kd", "./nowhere"): r"\./nowhere cannot be read: there is no fold",
+    CONFIG.replace("./kd", "no/where"): r"no/where cannot be read: .*no model of that",
+    CONFIG.replace("bfloat16", "bloat"): "bloat",
+}
+
+
+@pytest.mark.parametrize("config, message", BAD_CONFIGS.items())
+def test_bad_configs(config: str, message: str, small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(config, encoding="utf-8")
+    done = command(small, path, "--json", tmp_path / "records.json")
+    assert_refused(done, message)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_missing_config(small: Path) -> None:
+    assert_refused(command(small, "nowhere.yaml"), "No such file.*nowhere.yaml")
+
+
+def cut_short(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+
+
+def garbled(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[-1].write_bytes(b"no weights" * 50)
+
+
+def without_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[-1].unlink()
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def emptied(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (cut_short, r"model \./kd cannot be read: .*model-0000\d-of.*safetensors"),
+        (garbled, r"model \./kd cannot be read: .*model-0000\d-of.*safetensors"),
+        (without_shard, r"model \./kd cannot be read: .*model-0000\d-of.*safetensors"),
+        (emptied, r"model \./kd cannot be read: Unable to find model files"),
+        (without_config, r"\./kd.*config\.json"),
+    ],
+)
+def test_damaged_checkpoints(
+    damage: Callable[[Path], None], message: str, small: Path, tmp_path: Path
+) -> None:
+    damage(altered(small, tmp_path, lambda _, weight: weight))
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    done = command(tmp_path, "config.yaml", "--csv", "table.csv")
+    assert_refused(done, message)
+    assert not (tmp_path / "table.csv").exists()
+
+
+def wider(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return torch.cat([weight, weight]) if "layers.1.mlp.up_proj" in name else weight
+
+
+def not_a_number(name: str, weight: torch.Tensor) -> torch.Tensor:
+    if "layers.1.mlp.up_proj" in name:
+        weight[5, 7] = math.nan
+    return weight
+
+
+def renamed(shard: Path) -> None:
+    state = load_tensors_of(shard)
+    save_file({f"other.{name}": weight for name, weight in state.items()}, shard)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (wider, r"layers\.1\.mlp\.up_proj\.weight differs in shape: .*\./kd"),
+        (not_a_number, r"layers\.1\.mlp\.up_proj\.weight of model \./kd contains NaN"),
+    ],
+)
+def test_weights_that_cannot_be_merged(
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    message: str,
+    small: Path,
+    tmp_path: Path,
+) -> None:
+    altered(small, tmp_path, change)
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    done = command(tmp_path, "config.yaml", "--json", "records.json")
+    assert_refused(done, message)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "base",
+        "sft",
+        "kd",
+        "config.yaml",
+    }
+
+
+def test_an_index_that_names_what_is_not_there(small: Path, tmp_path: Path) -> None:
+    folder = altered(small, tmp_path, lambda _, weight: weight)
+    renamed(sorted(folder.glob("*.safetensors"))[0])
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    done = command(tmp_path, "config.yaml")
+    assert_refused(done, r"\./kd cannot be read: .*safetensors: \S+ is not in it")
+
+
+# --- Files -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint may be read."""
+
+    def read(*_args: Any) -> None:
+        raise AssertionError("reads the checkpoints first")
+
+    monkeypatch.setattr(cli, "_inspected", read)
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("nowhere/out", "No such file"),
+        ("config.yaml/out", "Not a directory"),
+        (".", "it is not a file"),
+        ("/dev/null", "it is not a file"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+@pytest.mark.usefixtures("unread")
+def test_outputs_that_cannot_be_written(
+    output: str, message: str, option: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    done = command(tmp_path, "config.yaml", option, output)
+    assert_refused(done, f"cannot write {re.escape(output)}: {message}")
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.usefixtures("unread")
+def test_two_outputs_in_one_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    done = command(tmp_path, "config.yaml", "--json", "a", "--csv", "./a")
+    assert_refused(done, "a file of its own")
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_page_needs_plotly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    done = command(tmp_path, "config.yaml", "--html", "page.html")
+    assert_refused(done, r"plotly: pip install 'mergekit-nuslerp\[inspect\]'")
+
+
+def test_the_rest_does_not(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("plotly", "rich", "rich.console"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = command(small, EXAMPLES / "no_base.yaml", "--json", tmp_path / "out")
+    assert done.exit_code == 0
+    assert json.loads((tmp_path / "out").read_text())["tensors"]
+
+
+def test_a_page_is_written(small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    out = tmp_path / "page.html"
+    done = command(small, EXAMPLES / "no_base.yaml", "--html", out)
+    assert done.exit_code == 0, done.stderr
+    assert "model.embed_tokens" in out.read_text(encoding="utf-8")
+
+
+def test_the_switch_switches_it_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEKIT_NUSLERP", "0")
+    done = command(tmp_path, EXAMPLES / "no_base.yaml")
+    assert_refused(done, "MERGEKIT_NUSLERP=0 switches the plugin off")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_files_are_written_whole_or_not_at_all(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.csv"
+    old.write_text("before", encoding="utf-8")
+    write = Path.write_text
+
+    def interrupted(path: Path, text: str, **more: Any) -> int:
+        if "new.csv" in path.name:
+            write(path, text[:3], **more)
+            raise error
+        return write(path, text, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(error):
+        patched.setattr(Path, "write_text", interrupted)
+        cli.write_together({old: "after", new: "after"})
+    assert [*tmp_path.iterdir()] == [old]
+    assert old.read_text(encoding="utf-8") == "before"
+    cli.write_together({old: "after", new: "after"})
+    assert sorted(tmp_path.iterdir()) == [new, old]
+    assert old.read_text(encoding="utf-8") == "after"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("before", encoding="utf-8")
+    (tmp_path / "link").symlink_to("real")
+    cli.check_writable([tmp_path / "link"])
+    cli.write_together({tmp_path / "link": "after"})
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text(encoding="utf-8") == "after"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_the_bar(has_rich: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if has_rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with cli._bar() as advance:
+        assert advance is not None
+        for done in range(4):
+            advance(done, 3)
+    assert "Reading" in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
+
+
+def test_no_bar_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with cli._bar() as advance:
+        assert advance is None
+
+
+def test_the_command_itself(small: Path, tmp_path: Path) -> None:
+    """Once, with what other libraries write to standard error."""
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.replace("./kd", "./nowhere"), encoding="utf-8")
+    inspect = [sys.executable, "-m", "mergekit_nuslerp.cli", "inspect"]
+    done = run_command(*inspect, config, "--json", "out.json", cwd=small)
+    assert_refused(done, r"model \./nowhere cannot be read: there is no folder")
+    assert not (small / "out.json").exists()

@@ -1,0 +1,276 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""The page with the geometry of a merge: what is in it, and what a browser draws."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from mergekit_nuslerp.inspection import (
+    Distribution,
+    Inspection,
+    Pair,
+    Part,
+    Skipped,
+    TensorGeometry,
+)
+from mergekit_nuslerp.page import page
+
+needs_plotly = pytest.mark.skipif(
+    find_spec("plotly") is None,
+    reason="plotly is not installed: pip install '.[inspect]'",
+)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+    None,
+)
+
+BINS = 40
+PROJECTIONS = ("input_layernorm", "self_attn.q_proj", "mlp.down_proj")
+HOSTILE = (
+    "org/</script><script>alert(1)</script>",
+    'org/"><img src=x onerror=alert(2)>',
+    "org/{{plotly}}<!--<script>",
+)
+
+
+class Tags(HTMLParser):
+    """The elements of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str]] = []
+        self.by_id: dict[str, dict[str, str]] = {}
+        self.classes: Counter[tuple[str, str]] = Counter()
+        self.text: dict[str, str] = {}
+        self._within: str | None = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        found = {name: value or "" for name, value in attrs}
+        self.count[tag] += 1
+        self.attributes += found.items()
+        self.classes.update((tag, name) for name in found.get("class", "").split())
+        self._within = found.get("id")
+        if self._within:
+            self.by_id[self._within] = found
+
+    def handle_endtag(self, tag):
+        self._within = None
+
+    def handle_data(self, data):
+        if self._within:
+            self.text[self._within] = self.text.get(self._within, "") + data
+
+
+def tensor(
+    name: str,
+    models: Sequence[str],
+    *,
+    layer: int | None = None,
+    projection: str,
+    vectors: int,
+    frozen: bool,
+) -> TensorGeometry:
+    """Figures of the right kinds, not those of a real merge."""
+    many = vectors > 1
+    angles = Distribution(
+        p5=0.5,
+        p25=0.7 if many else 0.5,
+        p50=1.0 if many else 0.5,
+        p75=1.2 if many else 0.5,
+        p95=1.5 if many else 0.5,
+        smallest=0.5,
+        largest=1.6 if many else 0.5,
+        histogram=[vectors // BINS] * BINS if many else [1],
+    )
+    return TensorGeometry(
+        name=name,
+        layer=layer,
+        projection=projection,
+        shape=[vectors, 64] if many else [64],
+        dtype="bfloat16",
+        granularity="row",
+        magnitude="linear",
+        lambda_=0.5,
+        t=0.5 if len(models) == 2 else None,
+        vectors=vectors,
+        parts=[
+            Part(
+                model=model,
+                weight=1 / len(models),
+                norm=0 if frozen and index else 1 + index,
+                relative_norm=None,
+                zero=vectors if frozen and index else 0,
+            )
+            for index, model in enumerate(models)
+        ],
+        pairs=[
+            Pair(
+                first=first,
+                second=second,
+                angle=None if frozen else angles,
+                parallel=0,
+                antipodal=0,
+            )
+            for first, second in combinations(models, 2)
+        ],
+        norm_ratio=None if frozen else len(models),
+        base_norm=None,
+        linear=0,
+        departure=None if frozen else 0.1,
+        length=1.0,
+    )
+
+
+def inspection(models: Sequence[str], *, layers: int) -> Inspection:
+    """With a cell that is missing, models that are frozen, and single vectors."""
+    tensors = [
+        tensor(
+            f"model.layers.{layer}.{projection}.weight",
+            models,
+            layer=layer,
+            projection=projection,
+            vectors=1 if "norm" in projection else 2 * BINS,
+            frozen=layer == 1 and "norm" in projection,
+        )
+        for layer in range(layers)
+        for projection in PROJECTIONS
+        if (layer, projection) != (2, "mlp.down_proj")
+    ]
+    head = tensor(
+        "lm_head.weight", models, projection="lm_head", vectors=80, frozen=False
+    )
+    return Inspection(
+        mergekit_nuslerp="0",
+        mergekit="0",
+        base=None,
+        models=list(models),
+        tensors=[*tensors, head],
+        skipped=[Skipped(name="position_ids", reason="its numbers are not fractional")],
+    )
+
+
+SHAPES = {
+    "two models": inspection(("sft", "kd"), layers=3),
+    "three models": inspection(HOSTILE, layers=3),
+    "one layer": inspection(("sft", "kd"), layers=1),
+    "no layers": inspection(HOSTILE[:2], layers=0),
+}
+shapes = pytest.mark.parametrize("shown", SHAPES.values(), ids=SHAPES)
+
+
+@needs_plotly
+@shapes
+def test_the_page_holds_every_figure(shown):
+    data = json.loads(Tags(page(shown)).text["data"])
+    assert data == json.loads(shown.model_dump_json(by_alias=True))
+
+
+@needs_plotly
+def test_names_do_not_become_markup():
+    """Neither the elements nor their attributes depend on how models are called."""
+    plain = Tags(page(inspection(("a", "b", "c"), layers=3)))
+    hostile = Tags(page(inspection(HOSTILE, layers=3)))
+    assert hostile.count == plain.count
+    assert hostile.attributes == plain.attributes
+
+
+@needs_plotly
+def test_nothing_comes_from_outside():
+    text = page(SHAPES["two models"])
+    tags = Tags(text)
+    assert not {"link", "img", "iframe", "base"} & tags.count.keys()
+    assert not {"src", "href", "srcset", "data"} & {name for name, _ in tags.attributes}
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    assert style
+    assert "url(" not in style and "@import" not in style
+    # And the browser refuses what a script might still ask for.
+    policy = next(value for _, value in tags.attributes if "default-src" in value)
+    rules = dict(rule.split(maxsplit=1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert set(" ".join(rules.values()).split()) == {
+        "'none'",
+        "'unsafe-inline'",
+        "data:",
+    }
+
+
+def test_without_plotly_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ImportError, match=r"pip install 'mergekit-nuslerp\[inspect\]'"):
+        page(SHAPES["two models"])
+
+
+def rendered(text: str, folder: Path, fragment: str) -> tuple[Tags, str]:
+    """What is on a page once its scripts have run, and what they complained of."""
+    assert CHROMIUM
+    file = folder / "page.html"
+    file.write_text(text, "utf-8")
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage "
+        "--enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
+    )
+    process = subprocess.run(
+        [
+            CHROMIUM,
+            *options.split(),
+            f"--user-data-dir={folder / 'profile'}",
+            f"{file.as_uri()}#{quote(fragment)}",
+        ],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        timeout=100,
+    )
+    complaints = [line for line in process.stderr.splitlines() if "CONSOLE" in line]
+    return Tags(process.stdout), "\n".join(complaints)
+
+
+@needs_plotly
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize(
+    "shape, selected",
+    [
+        ("three models", "model.layers.1.input_layernorm.weight"),
+        ("no layers", "lm_head.weight"),
+    ],
+)
+def test_a_browser_draws_it(shape, selected, tmp_path):
+    shown = SHAPES[shape]
+    tags, complaints = rendered(page(shown), tmp_path, selected)
+    assert not complaints
+    assert "hidden" in tags.by_id["problem"], tags.text.get("problem")
+    assert "img" not in tags.count
+    assert tags.text["name"] == selected
+
+    # One picture for the colours of each map, one for the cells beneath.
+    maps = 3 if any(tensor.layer is not None for tensor in shown.tensors) else 0
+    pictures = [value for name, value in tags.attributes if name == "xlink:href"]
+    assert len(pictures) == 2 * maps
+    assert all(picture.startswith("data:image/png") for picture in pictures)
+
+    chosen = next(tensor for tensor in shown.tensors if tensor.name == selected)
+    two, many = len(chosen.parts) == 2, chosen.vectors > 1
+    # Of the histogram, and of the models' shares where these take the dial's place.
+    bars = (BINS if many else 0) + (0 if two else len(chosen.parts))
+    assert tags.classes["g", "point"] == bars
+    assert ("hidden" in tags.by_id["spread"]) == (not many)
+    assert ("hidden" in tags.by_id["slider"]) == (not two)
+    marks = tags.classes["path", "point"]
+    assert marks > 0 if two else marks == 0
