@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import click
 
-from benchmarks import accelerator, exactness, many, memory, speed, startup, whole
+from benchmarks import (
+    accelerator,
+    exactness,
+    inspecting,
+    many,
+    memory,
+    speed,
+    startup,
+    whole,
+)
 from benchmarks.cases import machine
 
 TABLES = {
@@ -17,6 +26,7 @@ TABLES = {
     "memory": memory.table,
     "many": many.table,
     "whole": whole.table,
+    "inspecting": inspecting.table,
     "accelerator": accelerator.table,
 }
 

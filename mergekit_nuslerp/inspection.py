@@ -32,7 +32,7 @@ import mergekit_nuslerp
 from mergekit_nuslerp import plugin, register
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.geometry import mean_coefficients, normalize_weights
-from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices
+from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices, one_thread
 from mergekit_nuslerp.parameters import ConfigError, check_models, nonfinite
 from mergekit_nuslerp.plugin import mergekit_version
 
@@ -279,8 +279,20 @@ def measure(
         raise ValueError(
             nonfinite(planned.name, culprit, is_base=error.model is None)
         ) from None
+    with one_thread():
+        return _described(planned, models, inputs, base, grams)
+
+
+def _described(
+    planned: Planned,
+    models: Sequence[ModelReference],
+    inputs: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    grams: torch.Tensor,
+) -> TensorGeometry:
+    """What Gram matrices say about a tensor's merge."""
     dtype = inputs[0].dtype
-    for tensor in tensors.values():
+    for tensor in inputs if base is None else (*inputs, base):
         dtype = torch.promote_types(dtype, tensor.dtype)
     count = len(models)
     grams = grams.cpu()

@@ -14,10 +14,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations_with_replacement, compress, product
-from math import ceil, isfinite, prod, sqrt
+from math import ceil, gcd, isfinite, prod, sqrt
 from threading import Barrier
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,6 +39,10 @@ from mergekit_nuslerp.granularity import storage_order, vector_view
 _SCRATCH_BYTES_CPU = 6 * 1024 * 1024
 _SCRATCH_BYTES_ACCELERATOR = 192 * 1024 * 1024
 
+# Scratch between merges. Given back to the system, all of it would have to be touched
+# anew, page by page, for each of a checkpoint's weights.
+_SPARE: list[torch.Tensor] = []
+
 # Bounds the scratch of all threads; a few saturate the memory of most machines.
 _MAX_THREADS = 8
 
@@ -48,8 +53,10 @@ _MAX_VECTORS = 16 * 1024
 # Tiles whose coefficients are worked out at once where that pays.
 _TILES_TOGETHER = 8
 
-# Matrix products of longer vectors are added up in blocks, for precision.
-_BLOCK_LENGTH = 8 * 1024
+# Matrix products of long vectors are added up in blocks, for precision: some libraries
+# sum one element after the other. Blocks shorter than the second are not worth it.
+_BLOCK_LENGTH = 1024
+_SHORTEST_BLOCK = 128
 
 # Vectors that run across memory are read in strips at least this long where they have
 # as many elements, so that adding up the strips' sums costs little.
@@ -443,19 +450,16 @@ def _slices(total: int, step: int) -> list[slice]:
 class _Worker:
     """Takes pieces of a job through the steps, in scratch of one dtype.
 
-    Without a chunk size there is no scratch: operations allocate what they return,
-    and autograd can record them.
+    Without rows there is no scratch: operations allocate what they return, and
+    autograd can record them.
     """
 
-    def __init__(self, job: _Job, dtype: torch.dtype, chunk: int | None):
+    def __init__(self, job: _Job, dtype: torch.dtype, rows: torch.Tensor | None):
         self.job = job
         self.dtype = dtype
-        self.rows: torch.Tensor | None = None
-        if chunk is not None:
-            shape = (job.scratch_rows, chunk)
-            self.rows = torch.empty(shape, dtype=dtype, device=job.device)
+        self.rows = rows
         # An accelerator widens inputs while it calculates; a CPU makes copies first.
-        self.mixes = chunk is not None and job.device.type != "cpu"
+        self.mixes = rows is not None and job.device.type != "cpu"
         self.views: dict[torch.Size, list[torch.Tensor]] = {}
         self.held: _Piece | None = None
         self.vectors: list[torch.Tensor] = []
@@ -540,7 +544,7 @@ class _Worker:
         outer, length = shape[0], prod(shape[1:])
         if self.rows is None or shape[2] > 1:
             return False
-        if outer > 1 and length > 2 * _BLOCK_LENGTH and length % _BLOCK_LENGTH:
+        if _block(outer, length) < min(length, _SHORTEST_BLOCK):
             return False
         if self.dtype == torch.float64:
             return not self.mixes
@@ -551,7 +555,7 @@ class _Worker:
         assert self.rows is not None
         outer, length = shape[0], prod(shape[1:])
         held = self.rows[: self.job.vectors, : prod(shape)].view(-1, outer, length)
-        block = length if length <= 2 * _BLOCK_LENGTH else _BLOCK_LENGTH
+        block = _block(outer, length)
         even = length - length % block
         parts = held[..., :even].unflatten(-1, (-1, block)).flatten(1, 2)
         products = torch.bmm(parts.transpose(0, 1), parts.permute(1, 2, 0))
@@ -611,6 +615,13 @@ def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(flat) if len(flat) > 1 else flat[0]
 
 
+def _block(outer: int, length: int) -> int:
+    """Length of the blocks that vectors are multiplied in, without a rest if many."""
+    if length <= 2 * _BLOCK_LENGTH:
+        return length
+    return gcd(length, _BLOCK_LENGTH) if outer > 1 else _BLOCK_LENGTH
+
+
 def _multiplies_exactly() -> bool:
     """Whether matrix products of float32 keep all its digits, as is the default."""
     try:
@@ -622,6 +633,20 @@ def _multiplies_exactly() -> bool:
 def _over_elements(values: torch.Tensor) -> Sequence[torch.Tensor]:
     """One value a vector, `(outer, inner, models)`, by model and to broadcast."""
     return values.movedim(-1, 0)[:, :, None, :, None].unbind()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch from splitting operations, as for many small systems of equations.
+
+    In several threads these take a hundred times as long where a machine is busy.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _allocate(
@@ -636,6 +661,18 @@ def _allocate(
         return torch.empty(shape, dtype=dtype, device=device)
     storage = np.empty(prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(storage).view(dtype).view(shape)
+
+
+def _scratch(size: int, device: torch.device) -> torch.Tensor:
+    """Bytes for one worker: on the CPU a block that is kept, and mostly larger."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    with suppress(IndexError):
+        block = _SPARE.pop()
+        if block.nbytes >= size:
+            return block
+    with torch.inference_mode(False):  # later merges may run outside of that mode
+        return _allocate((max(size, _SCRATCH_BYTES_CPU),), torch.uint8, device)
 
 
 class _Crew:
@@ -653,16 +690,21 @@ class _Crew:
         self.chunk = min(chunk, elements)
         self.threads = torch.get_num_threads()
         count = min(self.threads, _MAX_THREADS, ceil(elements / chunk)) if on_cpu else 1
-        self.workers = [_Worker(job, dtype, self.chunk) for _ in range(count)]
-        # Many small systems of equations are slow in several threads.
-        self.alone = on_cpu and (count > 1 or job.models > 2)
+        size = job.scratch_rows * self.chunk * dtype.itemsize
+        self.blocks = [_scratch(size, job.device) for _ in range(count)]
+        shape = (job.scratch_rows, self.chunk)
+        rows = [block[:size].view(dtype).view(shape) for block in self.blocks]
+        self.workers = [_Worker(job, dtype, each) for each in rows]
+        self.alone = one_thread() if on_cpu and count == 1 and job.models > 2 else None
         self.pool: ThreadPoolExecutor | None = None
         # A mode of the calling thread, which its workers have to be given.
         self.inference = torch.is_inference_mode_enabled()
 
     def __enter__(self) -> _Crew:
         count = len(self.workers)
-        if self.alone:
+        if self.alone is not None:
+            self.alone.__enter__()
+        if count > 1:
             self.pool = ThreadPoolExecutor(count, "nuslerp")
             met = Barrier(count)
 
@@ -677,8 +719,13 @@ class _Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.alone is not None:
+            self.alone.__exit__(None, None, None)
         if self.pool is not None:
             self.pool.shutdown()
+        if self.blocks[0].device.type == "cpu":
+            _SPARE.extend(b for b in self.blocks if b.nbytes <= _SCRATCH_BYTES_CPU)
+            del _SPARE[_MAX_THREADS:]
 
     def peaks(self, pieces: Sequence[_Piece]) -> torch.Tensor:
         """`_Worker.peaks` of vectors whose pieces all workers look at."""
@@ -819,7 +866,7 @@ def _stream(
 
 def _record(job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
     """All at once and in the widest dtype, for autograd, which keeps it all anyway."""
-    worker = _Worker(job, job.wide_dtype, chunk=None)
+    worker = _Worker(job, job.wide_dtype, rows=None)
     ((outer, pieces),) = _tiles(job.sizes, prod(job.sizes), prod(job.sizes))
     with torch.no_grad():
         scale = _scale(worker.peaks(pieces))
@@ -828,7 +875,8 @@ def _record(job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
     if not gram.isfinite().all():
         _refuse_nonfinite(job)
         _refuse_overflow(gram)
-    factors, unique = job.coefficients(gram, job.vector_weights, scale)
+    with one_thread():
+        factors, unique = job.coefficients(gram, job.vector_weights, scale)
     result = worker.combine(pieces[0], _over_elements(factors)).to(job.dtype)
     return result, job.linear([(outer, unique)])
 

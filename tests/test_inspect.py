@@ -115,7 +115,6 @@ if TAKES_NAMES:
 
 MERGES: list[tuple[dict[str, float], str | None, dict[str, Any]]] = [
     ({"kd": 0.2, "sft": 0.6}, "base", {"lambda": 0.5}),
-    ({"sft": 0.3, "kd": 0.7}, None, {}),
     ({"sft": 1, "dpo": 2}, "base", {"nuslerp_magnitude": "linear"}),
     ({"sft": 0.5, "kd": 0.3, "dpo": 0.2}, "base", {}),
     ({"dpo": 0.2, "kd": 0.3, "sft": 0.5}, None, {"nuslerp_magnitude": "geometric"}),
@@ -407,7 +406,9 @@ def assert_table_agrees(path: Path, found: dict[str, Any]) -> None:
 
 
 def assert_narrow(text: str) -> None:
-    assert max(map(len, text.splitlines())) <= 80
+    # All but the names of the files, which are as long as their folder's.
+    lines = [line for line in text.splitlines() if not line.startswith("wrote ")]
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_row_for_each_tensor_and_pair(small: Path, tmp_path: Path) -> None:

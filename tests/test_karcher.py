@@ -46,6 +46,15 @@ with_and_without_base = pytest.mark.parametrize("with_base", [False, True])
 each_model = pytest.mark.parametrize("position", range(3))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The kernel sets its threads itself; here geometry is called without it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def normal(
     *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
