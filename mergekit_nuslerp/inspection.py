@@ -153,7 +153,7 @@ def inspect(
 
     Raises:
         ConfigError: a config of another method, or one that cannot be run.
-        NonFiniteError: NaN or infinity in a checkpoint, as ValueError with the name.
+        ValueError: NaN or infinity in a checkpoint, with the tensor's and model's name.
     """
     if config.merge_method != "nuslerp":
         raise ConfigError(

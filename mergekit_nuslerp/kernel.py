@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations_with_replacement, compress, product
@@ -695,15 +695,16 @@ class _Crew:
         shape = (job.scratch_rows, self.chunk)
         rows = [block[:size].view(dtype).view(shape) for block in self.blocks]
         self.workers = [_Worker(job, dtype, each) for each in rows]
-        self.alone = one_thread() if on_cpu and count == 1 and job.models > 2 else None
+        self.alone = on_cpu and count == 1 and job.models > 2
+        self.modes = ExitStack()  # to leave in the end
         self.pool: ThreadPoolExecutor | None = None
         # A mode of the calling thread, which its workers have to be given.
         self.inference = torch.is_inference_mode_enabled()
 
     def __enter__(self) -> _Crew:
         count = len(self.workers)
-        if self.alone is not None:
-            self.alone.__enter__()
+        if self.alone:
+            self.modes.enter_context(one_thread())
         if count > 1:
             self.pool = ThreadPoolExecutor(count, "nuslerp")
             met = Barrier(count)
@@ -719,8 +720,7 @@ class _Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.alone is not None:
-            self.alone.__exit__(None, None, None)
+        self.modes.close()
         if self.pool is not None:
             self.pool.shutdown()
         if self.blocks[0].device.type == "cpu":

@@ -13,6 +13,15 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import (
+    DTYPES,
+    MAGNITUDES,
+    all_dtypes,
+    all_magnitudes,
+    normal,
+    out_of_range,
+    with_and_without_base,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
@@ -33,33 +42,19 @@ from mergekit_nuslerp.geometry import karcher_coefficients, mean_coefficients
 pytestmark = pytest.mark.filterwarnings("ignore:.*no unique spherical mean")
 
 EPS = torch.finfo(torch.float64).eps
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-MAGNITUDES = ["slerp", "linear", "geometric"]
 WEIGHTS = [0.5, 0.2, 0.3]
 
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-all_magnitudes = pytest.mark.parametrize("magnitude", MAGNITUDES)
 all_granularities = pytest.mark.parametrize(
     "granularity", ["tensor", "matrix", "row", "column", "row:2", "column:4"]
 )
-with_and_without_base = pytest.mark.parametrize("with_base", [False, True])
 each_model = pytest.mark.parametrize("position", range(3))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The kernel sets its threads itself; here geometry is called without it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def normal(
-    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    with kernel.one_thread():
+        yield
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -666,18 +661,7 @@ def test_a_weight_that_no_model_changed_is_the_base(dtype, magnitude):
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "column:4"])
 @all_magnitudes
-@pytest.mark.parametrize(
-    ("dtype", "factor"),
-    [
-        (torch.float32, 1e-30),
-        (torch.float32, 1e30),
-        (torch.float64, 1e-250),
-        (torch.float64, 1e250),
-        (torch.bfloat16, 2.0**-100),
-        (torch.bfloat16, 2.0**100),
-    ],
-    ids=str,
-)
+@out_of_range
 @with_and_without_base
 def test_values_whose_squares_leave_the_range(
     granularity, magnitude, dtype, factor, with_base

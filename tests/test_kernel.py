@@ -16,6 +16,15 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import (
+    DTYPES,
+    MAGNITUDES,
+    all_dtypes,
+    all_magnitudes,
+    normal,
+    out_of_range,
+    with_and_without_base,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_rounded_once, granularities, oracle, reference, vectors
@@ -27,27 +36,15 @@ from mergekit_nuslerp.kernel import NonFiniteError
 pytestmark = pytest.mark.filterwarnings("ignore:.*no unique spherical mean")
 
 GRANULARITIES = ["tensor", "row", "column"]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SHAPES = [(), (1,), (17,), (5, 7), (1, 7), (7, 1), (3, 4, 5), (2, 3, 4, 5)]
 
-MAGNITUDES = ["slerp", "linear", "geometric"]
 
 all_granularities = pytest.mark.parametrize("granularity", GRANULARITIES)
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-with_and_without_base = pytest.mark.parametrize("with_base", [False, True])
-all_magnitudes = pytest.mark.parametrize("magnitude", MAGNITUDES)
 both = pytest.mark.parametrize("position", [0, 1])
 
 
 def merge_batch(*args: Any, **kwargs: Any) -> torch.Tensor:
     return kernel.merge_batch(*args, **kwargs).result
-
-
-def normal(
-    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def whole_numbers(
@@ -325,18 +322,7 @@ def test_a_power_of_two_scales_the_merge_and_nothing_else(
 
 @all_granularities
 @with_and_without_base
-@pytest.mark.parametrize(
-    ("dtype", "factor"),
-    [
-        (torch.float32, 1e-30),
-        (torch.float32, 1e30),
-        (torch.float64, 1e-250),
-        (torch.float64, 1e250),
-        (torch.bfloat16, 2.0**-100),
-        (torch.bfloat16, 2.0**100),
-    ],
-    ids=str,
-)
+@out_of_range
 def test_values_whose_squares_leave_the_range(granularity, with_base, dtype, factor):
     """The same merge as at ordinary scale, but for the scale."""
     tensors, base = models(40, 50, with_base=with_base, dtype=dtype)

@@ -83,5 +83,5 @@ def stored_shape(tensors: Any) -> tuple[int, ...] | None:
     file = index.tensor_paths.get(info.name)
     if not index.is_safetensors or file is None:
         return None
-    with safe_open(os.path.join(index.base_path, file), framework="pt") as tensors:
-        return tuple(tensors.get_slice(info.name).get_shape())
+    with safe_open(os.path.join(index.base_path, file), framework="pt") as opened:
+        return tuple(opened.get_slice(info.name).get_shape())
