@@ -32,9 +32,10 @@ import mergekit_nuslerp
 from mergekit_nuslerp import plugin, register
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.geometry import mean_coefficients, normalize_weights
-from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices, one_thread
+from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices
 from mergekit_nuslerp.parameters import ConfigError, check_models, nonfinite
 from mergekit_nuslerp.plugin import mergekit_version
+from mergekit_nuslerp.streaming import one_thread
 
 # Bins of the angles' histograms.
 _BINS = 40

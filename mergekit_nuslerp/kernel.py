@@ -12,55 +12,24 @@ weight.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import combinations_with_replacement, compress, product
-from math import ceil, gcd, isfinite, prod, sqrt
-from threading import Barrier
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
+from math import isfinite, prod, sqrt
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from mergekit_nuslerp.geometry import (
-    MIN_WEIGHT_SUM,
-    Magnitude,
-    mean_coefficients,
-    normalize_weights,
+from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM, Magnitude, normalize_weights
+from mergekit_nuslerp.granularity import storage_order
+from mergekit_nuslerp.streaming import (
+    Crew,
+    Job,
+    Worker,
+    allocate,
+    one_thread,
+    over_elements,
 )
-from mergekit_nuslerp.granularity import storage_order, vector_view
-
-# Scratch of one thread. On a CPU, measured: small enough for the caches, large enough
-# that starting an operation costs little beside running it. On an accelerator one
-# thread has it all, and a piece must outlast the launch of its operations.
-_SCRATCH_BYTES_CPU = 6 * 1024 * 1024
-_SCRATCH_BYTES_ACCELERATOR = 192 * 1024 * 1024
-
-# Scratch between merges. Given back to the system, all of it would have to be touched
-# anew, page by page, for each of a checkpoint's weights.
-_SPARE: list[torch.Tensor] = []
-
-# Bounds the scratch of all threads; a few saturate the memory of most machines.
-_MAX_THREADS = 8
-
-# Vectors of a tile: bounds what is worked out at once for short vectors. For two
-# models; with more, Gram matrices are larger.
-_MAX_VECTORS = 16 * 1024
-
-# Tiles whose coefficients are worked out at once where that pays.
-_TILES_TOGETHER = 8
-
-# Matrix products of long vectors are added up in blocks, for precision: some libraries
-# sum one element after the other. Blocks shorter than the second are not worth it.
-_BLOCK_LENGTH = 1024
-_SHORTEST_BLOCK = 128
-
-# Vectors that run across memory are read in strips at least this long where they have
-# as many elements, so that adding up the strips' sums costs little.
-_STRIP_LENGTH = 64
 
 
 class NonFiniteError(ValueError):
@@ -218,7 +187,7 @@ def merge_batch(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
     order = storage_order(tensors[0], granularity)
-    job = _Job.of(
+    job = Job.of(
         [tensor.permute(order) for tensor in tensors],
         None if base is None else base.permute(order),
         granularity,
@@ -258,7 +227,7 @@ def gram_matrices(
         As `nuslerp`. OverflowError for squares beyond the range of that dtype.
     """
     order = storage_order(tensors[0].unsqueeze(0), granularity)
-    job = _Job.of(
+    job = Job.of(
         [tensor.detach().unsqueeze(0).permute(order) for tensor in tensors],
         None if base is None else base.detach().unsqueeze(0).permute(order),
         granularity,
@@ -269,498 +238,16 @@ def gram_matrices(
     grams = torch.zeros(shape, dtype=job.wide_dtype, device=job.device)
     if not prod(job.sizes):
         return grams.flatten(0, 1)
-
-    def measure(worker: _Worker, share: Sequence[_Tile]) -> None:
-        for vectors, pieces in share:
-            grams[vectors, pieces[0][2]] = worker.gram(pieces, None)
-
-    with _Crew(job, job.wide_dtype) as crew:
-        tiles = list(job.tiles(crew.chunk))
-        if crew.by_tiles(tiles):
-            crew.share(measure, tiles)
-        else:
-            for vectors, pieces in tiles:
-                parts = crew.share(partial(_Worker.gram, scale=None), pieces)
-                grams[vectors, pieces[0][2]] = torch.stack(parts).sum(0)
+    with Crew(job, job.wide_dtype) as crew:
+        for group in crew.groups():
+            grams[group.outer, group.inner] = crew.gram(group)
     if not grams.isfinite().all():
         _refuse_nonfinite(job)
         _refuse_overflow(grams)
     return grams.flatten(0, 1)
 
 
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-
-_Piece = tuple[slice, slice, slice, slice]
-_Tile = tuple[slice, list[_Piece]]  # outer indices, and the pieces of those vectors
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A batch of weights as vectors, each tensor `(outer, length, inner, width)`."""
-
-    inputs: tuple[torch.Tensor, ...]  # the models, then the base if there is one
-    models: int
-    batch: int
-    dtype: torch.dtype  # of the result
-    # (batch, models), summing to one.
-    weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    magnitude: Magnitude = "slerp"
-    lambda_: float = 1.0
-    measures_base: bool = False  # whether Gram matrices are to hold the base, too
-
-    @classmethod
-    def of(
-        cls,
-        tensors: Sequence[torch.Tensor],
-        base: torch.Tensor | None,
-        granularity: str,
-        **rest: Any,
-    ) -> _Job:
-        """Take each tensor, `(batch, *weight_shape)`, as vectors."""
-        inputs = list(tensors) if base is None else [*tensors, base]
-        dtype = inputs[0].dtype
-        for tensor in inputs:
-            if not tensor.is_floating_point():
-                raise TypeError(
-                    f"NuSLERP needs floating-point tensors, not {tensor.dtype}"
-                )
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        sizes = vector_view(inputs[0].shape, granularity)
-        return cls(
-            inputs=tuple(tensor.reshape(sizes) for tensor in inputs),
-            models=len(tensors),
-            batch=inputs[0].shape[0],
-            dtype=dtype,
-            **rest,
-        )
-
-    @property
-    def vectors(self) -> int:
-        """How many vectors a Gram matrix is of."""
-        return self.models + self.measures_base
-
-    @property
-    def sizes(self) -> torch.Size:
-        return self.inputs[0].shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.inputs[0].device
-
-    @cached_property
-    def pairs(self) -> list[tuple[int, int]]:
-        """The pairs of models whose inner products make up a Gram matrix."""
-        return list(combinations_with_replacement(range(self.vectors), 2))
-
-    @property
-    def scratch_rows(self) -> int:
-        return len(self.inputs) + 1  # for products
-
-    @cached_property
-    def vector_weights(self) -> torch.Tensor:
-        """The weights of every vector, `(outer, 1, models)`."""
-        weights = self.weights.to(self.device, self.wide_dtype)
-        each = weights.unsqueeze(1).expand(-1, self.sizes[0] // self.batch, -1)
-        return each.reshape(self.sizes[0], 1, self.models)
-
-    @cached_property
-    def square(self) -> torch.Tensor:
-        """Where in `pairs` each element of a Gram matrix is."""
-        vectors = range(self.vectors)
-        places = [
-            [self.pairs.index((min(i, j), max(i, j))) for j in vectors] for i in vectors
-        ]
-        return torch.tensor(places, device=self.device)
-
-    def coefficients(
-        self, gram: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Step 2.
-
-        Args:
-            gram: `(..., models, models)` inner products of the vectors times `scale`.
-            weights: `(..., models)`.
-            scale: `(..., models)`, or None for one.
-
-        Returns:
-            `(..., models)` coefficients of the vectors themselves, and `(...)`, whether
-            each has a unique mean.
-        """
-        values, unique = mean_coefficients(
-            gram,
-            weights,
-            scale=None if scale is None else scale.to(gram.dtype),
-            magnitude=self.magnitude,
-            antipodal_tolerance=torch.finfo(self.dtype).eps,
-        )
-        return values * self.lambda_, unique
-
-    def linear(self, found: Sequence[tuple[slice, torch.Tensor]]) -> torch.Tensor:
-        """How many vectors of each weight are not unique, `(batch,)`.
-
-        Args:
-            found: outer indices, and `(outer, inner)`, whether each is unique.
-        """
-        total = torch.zeros(self.sizes[0], dtype=torch.int64, device=self.device)
-        if not torch.cat([unique.flatten() for _, unique in found]).all():
-            for outer, unique in found:
-                total[outer] += (~unique).sum(-1)
-        return total.view(self.batch, -1).sum(-1)
-
-    def tiles(self, chunk: int) -> Iterator[_Tile]:
-        return _tiles(self.sizes, chunk, max(1, 4 * _MAX_VECTORS // self.vectors**2))
-
-    @property
-    def wide_dtype(self) -> torch.dtype:
-        """The widest dtype of the device; Apple's GPUs have no float64."""
-        return torch.float32 if self.device.type == "mps" else torch.float64
-
-    @property
-    def scratch_dtype(self) -> torch.dtype:
-        """A dtype of at least twice the inputs' precision, or the widest there is."""
-        return torch.float32 if self.dtype.itemsize < 4 else self.wide_dtype
-
-
-def _tiles(sizes: Sequence[int], chunk: int, most: int) -> Iterator[_Tile]:
-    """Cut a view into pieces of at most `chunk` elements and `most` vectors.
-
-    Yields:
-        the outer indices of some vectors, and the pieces that those vectors consist
-        of: one piece where whole vectors fit, else several to be summed over.
-    """
-    outer, length, inner, width = sizes
-    run = min(width, chunk)
-    strip = min(length, _STRIP_LENGTH)
-    columns = min(inner, max(1, chunk // (run * strip)), most)
-    rows = min(length, max(1, chunk // (run * columns)))
-    whole = rows == length and run == width
-    fitting = min(chunk // (rows * columns * run), most // columns)
-    vectors = min(outer, max(1, fitting)) if whole else 1
-    for o in _slices(outer, vectors):
-        for i in _slices(inner, columns):
-            parts = product(_slices(length, rows), _slices(width, run))
-            yield o, [(o, r, i, w) for r, w in parts]
-
-
-def _slices(total: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
-
-
-class _Worker:
-    """Takes pieces of a job through the steps, in scratch of one dtype.
-
-    Without rows there is no scratch: operations allocate what they return, and
-    autograd can record them.
-    """
-
-    def __init__(self, job: _Job, dtype: torch.dtype, rows: torch.Tensor | None):
-        self.job = job
-        self.dtype = dtype
-        self.rows = rows
-        # An accelerator widens inputs while it calculates; a CPU makes copies first.
-        self.mixes = rows is not None and job.device.type != "cpu"
-        self.views: dict[torch.Size, list[torch.Tensor]] = {}
-        self.held: _Piece | None = None
-        self.vectors: list[torch.Tensor] = []
-        self.base: torch.Tensor | None = None
-
-    def rooms(self, shape: torch.Size) -> Sequence[torch.Tensor | None]:
-        """Scratch for pieces of one shape, all None where operations must allocate."""
-        if self.rows is None:
-            return [None] * self.job.scratch_rows
-        if shape not in self.views:
-            # Kept: making views takes turns with the other threads.
-            self.views[shape] = list(self.rows[:, : prod(shape)].view(-1, *shape))
-        return self.views[shape]
-
-    def read(self, piece: _Piece) -> None:
-        """Hold the models' vectors in one piece, and the base that they start from."""
-        if self.held is piece:
-            return
-        parts = [tensor[piece] for tensor in self.job.inputs]
-        rooms = self.rooms(parts[0].shape)
-        self.held, self.base = piece, None
-        if len(parts) > self.job.models:
-            self.base = self.start_from(parts[-1], rooms[len(parts) - 1])
-        self.vectors = [
-            self.start_from(part, room)
-            for part, room in zip(parts[: self.job.models], rooms)
-        ]
-        if self.job.measures_base and self.base is not None:
-            self.vectors.append(self.base)
-
-    def start_from(self, part: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
-        """Part of an input in the scratch's dtype, less the base once that is held."""
-        if self.base is not None and self.mixes:
-            return torch.sub(part, self.base, out=room)
-        wide = part.to(self.dtype) if room is None else room.copy_(part)
-        return wide if self.base is None else torch.sub(wide, self.base, out=room)
-
-    def peaks(self, pieces: Sequence[_Piece]) -> torch.Tensor:
-        """The largest absolute element of each vector, `(outer, inner, models)`."""
-        peaks: torch.Tensor | None = None
-        for piece in pieces:
-            self.read(piece)
-            found = torch.stack([v.abs().amax((1, 3)) for v in self.vectors], dim=-1)
-            peaks = found if peaks is None else torch.maximum(peaks, found)
-        assert peaks is not None
-        return peaks
-
-    def gram(
-        self, pieces: Sequence[_Piece], scale: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Step 1: Gram matrices, `(outer, inner, models, models)`.
-
-        Sums over a piece are pairwise or in blocks, and those over pieces in the wide
-        dtype, so that rounding does not grow with the length of the vectors.
-        """
-        total: torch.Tensor | None = None
-        for piece in pieces:
-            self.read(piece)
-            factors = self.vectors
-            if scale is not None:
-                factors = [v * s for v, s in zip(factors, _over_elements(scale))]
-            if scale is None and self.can_multiply(factors[0].shape):
-                found = self.multiplied(factors[0].shape)
-            else:
-                found = self.summed(factors)
-            total = found if total is None else total + found
-        assert total is not None
-        return total
-
-    def summed(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Gram matrices as sums of products of pairs."""
-        room = self.rooms(vectors[0].shape)[-1]
-        sums = [
-            torch.mul(vectors[i], vectors[j], out=room).sum((1, 3))
-            for i, j in self.job.pairs
-        ]
-        products = torch.stack(sums, dim=-1).to(self.job.wide_dtype)
-        return products[..., self.job.square]
-
-    def can_multiply(self, shape: torch.Size) -> bool:
-        """Whether `multiplied` is as exact as `summed`, and faster."""
-        outer, length = shape[0], prod(shape[1:])
-        if self.rows is None or shape[2] > 1:
-            return False
-        if _block(outer, length) < min(length, _SHORTEST_BLOCK):
-            return False
-        if self.dtype == torch.float64:
-            return not self.mixes
-        return (self.job.vectors > 2 or self.mixes) and _multiplies_exactly()
-
-    def multiplied(self, shape: torch.Size) -> torch.Tensor:
-        """Gram matrices of the vectors held, as products of matrices."""
-        assert self.rows is not None
-        outer, length = shape[0], prod(shape[1:])
-        held = self.rows[: self.job.vectors, : prod(shape)].view(-1, outer, length)
-        block = _block(outer, length)
-        even = length - length % block
-        parts = held[..., :even].unflatten(-1, (-1, block)).flatten(1, 2)
-        products = torch.bmm(parts.transpose(0, 1), parts.permute(1, 2, 0))
-        found = products.to(self.job.wide_dtype).unflatten(0, (outer, -1)).sum(1)
-        if even < length:  # of a single vector
-            rest = held[:, 0, even:]
-            found = found + rest @ rest.mT
-        return found.unsqueeze(1)
-
-    def combine(self, piece: _Piece, factors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Step 3: base + sum of c_i v_i over a piece, not yet rounded."""
-        self.read(piece)
-        self.held = None  # overwritten now
-        in_place = self.rows is not None
-        result = self.base
-        for vector, factor in zip(self.vectors, factors):
-            if result is None:
-                result = torch.mul(vector, factor, out=vector if in_place else None)
-            else:
-                out = result if in_place else None
-                result = torch.addcmul(result, vector, factor, out=out)
-        assert result is not None
-        return result
-
-    def write(
-        self,
-        pieces: Sequence[_Piece],
-        factors: Sequence[torch.Tensor],
-        result: torch.Tensor,
-    ) -> None:
-        """Combine pieces, and round them into the result."""
-        # Backwards: the piece that was read last is still held.
-        for piece in reversed(pieces):
-            if self.mixes and self.held is not piece:
-                self.blend(piece, factors, result[piece])
-            else:
-                result[piece] = self.combine(piece, factors)
-
-    def blend(
-        self, piece: _Piece, factors: Sequence[torch.Tensor], result: torch.Tensor
-    ) -> None:
-        """Step 3 straight from the inputs: (1 - sum of c_i) base + sum of c_i t_i."""
-        parts = [tensor[piece] for tensor in self.job.inputs]
-        if len(parts) > self.job.models:
-            factors = [*factors, 1 - torch.stack(list(factors)).sum(0)]
-        room = self.rooms(parts[0].shape)[0]
-        self.held = None  # overwritten now
-        total = torch.mul(parts[0], factors[0], out=room)
-        for part, factor in zip(parts[1:-1], factors[1:-1]):
-            torch.addcmul(total, part, factor, out=room)
-        torch.addcmul(total, parts[-1], factors[-1], out=result)
-
-
-def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Values of vectors `(outer, inner, ...)` as `(vectors, ...)`."""
-    flat = [tensor.flatten(0, 1) for tensor in tensors]
-    return torch.cat(flat) if len(flat) > 1 else flat[0]
-
-
-def _block(outer: int, length: int) -> int:
-    """Length of the blocks that vectors are multiplied in, without a rest if many."""
-    if length <= 2 * _BLOCK_LENGTH:
-        return length
-    return gcd(length, _BLOCK_LENGTH) if outer > 1 else _BLOCK_LENGTH
-
-
-def _multiplies_exactly() -> bool:
-    """Whether matrix products of float32 keep all its digits, as is the default."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # PyTorch's newer settings have been used beside this one
-        return False
-
-
-def _over_elements(values: torch.Tensor) -> Sequence[torch.Tensor]:
-    """One value a vector, `(outer, inner, models)`, by model and to broadcast."""
-    return values.movedim(-1, 0)[:, :, None, :, None].unbind()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep PyTorch from splitting operations, as for many small systems of equations.
-
-    In several threads these take a hundred times as long where a machine is busy.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _allocate(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """An uninitialised tensor, on Linux in huge pages where it is large.
-
-    NumPy asks the system for huge pages and PyTorch does not. First touching a result
-    page by page would take a quarter of the time of a whole merge.
-    """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    storage = np.empty(prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(storage).view(dtype).view(shape)
-
-
-def _scratch(size: int, device: torch.device) -> torch.Tensor:
-    """Bytes for one worker: on the CPU a block that is kept, and mostly larger."""
-    if device.type != "cpu":
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    with suppress(IndexError):
-        block = _SPARE.pop()
-        if block.nbytes >= size:
-            return block
-    with torch.inference_mode(False):  # later merges may run outside of that mode
-        return _allocate((max(size, _SCRATCH_BYTES_CPU),), torch.uint8, device)
-
-
-class _Crew:
-    """Workers, each in a thread of its own where that is faster.
-
-    PyTorch would split every operation over its threads and wait for all of them
-    after each: thousands of times for one weight, and long where another process
-    keeps one of the threads waiting. Instead, each worker runs whole pieces alone.
-    """
-
-    def __init__(self, job: _Job, dtype: torch.dtype):
-        elements, on_cpu = prod(job.sizes), job.device.type == "cpu"
-        room = _SCRATCH_BYTES_CPU if on_cpu else _SCRATCH_BYTES_ACCELERATOR
-        chunk = max(1, room // (job.scratch_rows * dtype.itemsize))
-        self.chunk = min(chunk, elements)
-        self.threads = torch.get_num_threads()
-        count = min(self.threads, _MAX_THREADS, ceil(elements / chunk)) if on_cpu else 1
-        size = job.scratch_rows * self.chunk * dtype.itemsize
-        self.blocks = [_scratch(size, job.device) for _ in range(count)]
-        shape = (job.scratch_rows, self.chunk)
-        rows = [block[:size].view(dtype).view(shape) for block in self.blocks]
-        self.workers = [_Worker(job, dtype, each) for each in rows]
-        self.alone = on_cpu and count == 1 and job.models > 2
-        self.modes = ExitStack()  # to leave in the end
-        self.pool: ThreadPoolExecutor | None = None
-        # A mode of the calling thread, which its workers have to be given.
-        self.inference = torch.is_inference_mode_enabled()
-
-    def __enter__(self) -> _Crew:
-        count = len(self.workers)
-        if self.alone:
-            self.modes.enter_context(one_thread())
-        if count > 1:
-            self.pool = ThreadPoolExecutor(count, "nuslerp")
-            met = Barrier(count)
-
-            def settle(_: _Worker) -> None:
-                torch.get_num_threads()  # takes the default, which would come later
-                torch.set_num_threads(1)
-                met.wait()  # so that each of the threads comes here
-
-            list(self.pool.map(settle, self.workers))
-            # What a thread sets for itself is also what later threads start with.
-            torch.set_num_threads(self.threads)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.modes.close()
-        if self.pool is not None:
-            self.pool.shutdown()
-        if self.blocks[0].device.type == "cpu":
-            _SPARE.extend(b for b in self.blocks if b.nbytes <= _SCRATCH_BYTES_CPU)
-            del _SPARE[_MAX_THREADS:]
-
-    def peaks(self, pieces: Sequence[_Piece]) -> torch.Tensor:
-        """`_Worker.peaks` of vectors whose pieces all workers look at."""
-        return torch.stack(self.share(_Worker.peaks, pieces)).amax(0)
-
-    def by_tiles(self, tiles: Sequence[_Tile]) -> bool:
-        """Whether to share out whole tiles, rather than the pieces of each."""
-        single = all(len(pieces) == 1 for _, pieces in tiles)
-        return single or len(tiles) >= 4 * len(self.workers)
-
-    def share(
-        self, task: Callable[[_Worker, Sequence[_T]], _R], items: Sequence[_T]
-    ) -> list[_R]:
-        """Let every worker do the task for its share of the items."""
-        count = min(len(self.workers), len(items))
-        shares = [items[start::count] for start in range(count)]
-        tasks = [partial(task, *pair) for pair in zip(self.workers, shares)]
-        if self.pool is None:
-            return [alone() for alone in tasks]
-        return list(self.pool.map(self._quietly, tasks))
-
-    def run(self, task: Callable[[], _R]) -> _R:
-        """Do a task in one of the workers' threads."""
-        return (
-            task()
-            if self.pool is None
-            else self.pool.submit(self._quietly, task).result()
-        )
-
-    def _quietly(self, task: Callable[[], _R]) -> _R:
-        with torch.inference_mode(self.inference), torch.no_grad():
-            return task()
-
-
-def _merge(job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose how the three steps run, and look at what the inner products showed.
 
     Returns:
@@ -786,9 +273,9 @@ def _merge(job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _stream(
-    job: _Job, dtype: torch.dtype, *, scaled: bool = False
+    job: Job, dtype: torch.dtype, *, scaled: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take a job through the steps piece by piece.
+    """Take a job through the steps in scratch.
 
     Args:
         job: what to merge.
@@ -797,88 +284,38 @@ def _stream(
             taking squares. Angles stay, overflow and underflow go.
 
     Returns:
-        The result in the job's view, `(tiles, 2)` the smallest and the largest squared
-        length of a vector in each tile, and `(batch,)` the vectors merged linearly.
+        The result in the job's view, `(groups, 2)` the smallest and the largest squared
+        length of a vector in each group, and `(batch,)` the vectors merged linearly.
     """
-    result = _allocate(job.sizes, job.dtype, job.device)
-    with _Crew(job, dtype) as crew:
-        tiles = list(enumerate(job.tiles(crew.chunk)))
-        # A mean takes many small operations, which is long for those of more than two
-        # models, and on an accelerator. So carry them out for several tiles at once,
-        # and read these again.
-        simple = job.models == 2 and job.device.type == "cpu"
-        together = 1 if simple else _TILES_TOGETHER
-        squares = torch.empty(len(tiles), 2, dtype=job.wide_dtype, device=job.device)
-        found: dict[int, tuple[slice, torch.Tensor]] = {}
-
-        def solve(
-            group: Sequence[tuple[int, _Tile]],
-            grams: Sequence[torch.Tensor],
-            scales: Sequence[Any],
-        ) -> list[Sequence[torch.Tensor]]:
-            shapes = [gram.shape[:2] for gram in grams]
-            weights = []
-            for (number, (outer, _)), gram, shape in zip(group, grams, shapes):
-                lowest, highest = gram.diagonal(dim1=-2, dim2=-1).aminmax()
-                squares[number, 0], squares[number, 1] = lowest, highest
-                weights.append(job.vector_weights[outer].expand(*shape, -1))
-            values, unique = job.coefficients(
-                _joined(grams), _joined(weights), _joined(scales) if scaled else None
-            )
-            counts = [prod(shape) for shape in shapes]
-            factors = []
-            for (number, (outer, _)), shape, part, known in zip(
-                group, shapes, values.to(dtype).split(counts), unique.split(counts)
-            ):
-                found[number] = outer, known.view(shape)
-                factors.append(_over_elements(part.view(*shape, -1)))
-            return factors
-
-        def merge(worker: _Worker, share: Sequence[tuple[int, _Tile]]) -> None:
-            for start in range(0, len(share), together):
-                group = share[start : start + together]
-                scales = [
-                    _scale(worker.peaks(pieces)) if scaled else None
-                    for _, (_, pieces) in group
-                ]
-                grams = [
-                    worker.gram(pieces, scale)
-                    for (_, (_, pieces)), scale in zip(group, scales)
-                ]
-                factors = solve(group, grams, scales)
-                # Backwards: what was read last is still held.
-                for (_, (_, pieces)), factor in zip(reversed(group), reversed(factors)):
-                    worker.write(pieces, factor, result)
-
-        if crew.by_tiles([tile for _, tile in tiles]):
-            crew.share(merge, tiles)
-        else:
-            for tile in tiles:
-                _, (_, pieces) = tile
-                scale = _scale(crew.peaks(pieces)) if scaled else None
-                parts = crew.share(partial(_Worker.gram, scale=scale), pieces)
-                gram = torch.stack(parts).sum(0)
-                (factors,) = crew.run(partial(solve, [tile], [gram], [scale]))
-                write = partial(_Worker.write, factors=factors, result=result)
-                crew.share(write, pieces)
-    return result, squares, job.linear(list(found.values()))
+    result = allocate(job.sizes, job.dtype, job.device)
+    squares = []
+    linear = torch.zeros(job.sizes[0], dtype=torch.int64, device=job.device)
+    with Crew(job, dtype) as crew:
+        for group in crew.groups():
+            scale = _scale(crew.peaks(group)) if scaled else None
+            gram = crew.gram(group, scale)
+            values, unique = crew.means(group, gram, scale)
+            crew.write(group, values.to(dtype), result[group.outer, :, group.inner])
+            lengths = gram.diagonal(dim1=-2, dim2=-1)
+            squares.append(torch.stack(lengths.aminmax()))
+            linear[group.outer] += (~unique).sum(-1)
+    return result, torch.stack(squares), linear.view(job.batch, -1).sum(-1)
 
 
-def _record(job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
+def _record(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """All at once and in the widest dtype, for autograd, which keeps it all anyway."""
-    worker = _Worker(job, job.wide_dtype, rows=None)
-    ((outer, pieces),) = _tiles(job.sizes, prod(job.sizes), prod(job.sizes))
+    worker, piece = Worker(job, job.wide_dtype, rows=None), job.inputs
     with torch.no_grad():
-        scale = _scale(worker.peaks(pieces))
+        scale = _scale(worker.peaks(piece))
     worker.held = None  # read again, and recorded
-    gram = worker.gram(pieces, scale)
+    gram = worker.gram(piece, over_elements(scale))
     if not gram.isfinite().all():
         _refuse_nonfinite(job)
         _refuse_overflow(gram)
     with one_thread():
         factors, unique = job.coefficients(gram, job.vector_weights, scale)
-    result = worker.combine(pieces[0], _over_elements(factors)).to(job.dtype)
-    return result, job.linear([(outer, unique)])
+    result = worker.combine(piece, over_elements(factors)).to(job.dtype)
+    return result, (~unique).sum(-1).view(job.batch, -1).sum(-1)
 
 
 def _scale(peaks: torch.Tensor) -> torch.Tensor:
@@ -901,33 +338,23 @@ def _smallest_square(inputs: torch.dtype, scratch: torch.dtype) -> float:
     return wide.smallest_normal / wide.eps**2
 
 
-def _has_tiny_vectors(job: _Job, suspects: Sequence[bool]) -> bool:
-    """Whether a vector of the suspected tiles is not zero, but too short to square."""
-    dtype = job.scratch_dtype
-    shortest = sqrt(_smallest_square(job.dtype, dtype))
-
-    def look(worker: _Worker, share: Sequence[_Tile]) -> bool:
-        return any(tiny(worker.peaks(pieces)) for _, pieces in share)
-
-    def tiny(peaks: torch.Tensor) -> bool:
-        return bool(((peaks > 0) & (peaks < shortest)).any())
-
-    with _Crew(job, dtype) as crew:
-        tiles = list(compress(job.tiles(crew.chunk), suspects))
-        if crew.by_tiles(tiles):
-            return any(crew.share(look, tiles))
-        return any(tiny(crew.peaks(pieces)) for _, pieces in tiles)
+def _has_tiny_vectors(job: Job, suspects: Sequence[bool]) -> bool:
+    """Whether a vector of the suspected groups is not zero, but too short to square."""
+    shortest = sqrt(_smallest_square(job.dtype, job.scratch_dtype))
+    with Crew(job, job.scratch_dtype) as crew:
+        peaks = map(crew.peaks, compress(crew.groups(), suspects))
+        return any(bool(((peak > 0) & (peak < shortest)).any()) for peak in peaks)
 
 
-def _refuse_nonfinite(job: _Job) -> None:
+def _refuse_nonfinite(job: Job) -> None:
     """Raise NonFiniteError for the first input that holds NaN or infinity."""
     for index, tensor in enumerate(job.inputs):
         alone = replace(job, inputs=(tensor.detach(),), models=1, measures_base=False)
-        with _Crew(alone, job.scratch_dtype) as crew:
-            for outer, pieces in job.tiles(crew.chunk):
-                bad = ~crew.peaks(pieces).isfinite().flatten(1).all(1)
+        with Crew(alone, job.scratch_dtype) as crew:
+            for group in crew.groups():
+                bad = ~crew.peaks(group).isfinite().flatten(1).all(1)
                 if bad.any():
-                    first = outer.start + int(bad.nonzero()[0])
+                    first = group.outer.start + int(bad.nonzero()[0])
                     output = first * job.batch // job.sizes[0]
                     raise NonFiniteError(output, None if index == job.models else index)
 

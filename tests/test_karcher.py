@@ -35,7 +35,7 @@ from oracle import (
     vectors,
 )
 
-from mergekit_nuslerp import NonFiniteError, kernel, nuslerp
+from mergekit_nuslerp import NonFiniteError, kernel, nuslerp, streaming
 from mergekit_nuslerp.geometry import karcher_coefficients, mean_coefficients
 
 # Where vectors happen to have no unique mean, that is looked at as well.
@@ -53,7 +53,7 @@ each_model = pytest.mark.parametrize("position", range(3))
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The kernel sets its threads itself; here geometry is called without it."""
-    with kernel.one_thread():
+    with streaming.one_thread():
         yield
 
 
@@ -872,9 +872,9 @@ def test_the_size_of_the_pieces_does_not_matter(
         granularity: kernel.merge_batch(tensors, granularity=granularity, **merge)
         for granularity in granularities(shape[1:])
     }
-    monkeypatch.setattr(kernel, "_SCRATCH_BYTES_CPU", room)
-    monkeypatch.setattr(kernel, "_MAX_VECTORS", most_vectors)
-    monkeypatch.setattr(kernel, "_STRIP_LENGTH", strip)
+    monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", room)
+    monkeypatch.setattr(streaming, "_MAX_VECTORS", most_vectors)
+    monkeypatch.setattr(streaming, "_STRIP_LENGTH", strip)
     for granularity, whole in at_once.items():
         pieces = kernel.merge_batch(tensors, granularity=granularity, **merge)
         # Sums are exact here; what is left is rounding once, at the ends of pieces too.
@@ -891,8 +891,8 @@ def test_counts_do_not_depend_on_the_pieces(monkeypatch):
     ]
     weights = torch.full((1, 3), 1 / 3, dtype=torch.float64)
     for room, most in ((6 * 1024 * 1024, 16 * 1024), (4096, 3), (997, 1)):
-        monkeypatch.setattr(kernel, "_SCRATCH_BYTES_CPU", room)
-        monkeypatch.setattr(kernel, "_MAX_VECTORS", most)
+        monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", room)
+        monkeypatch.setattr(streaming, "_MAX_VECTORS", most)
         for granularity, inputs in (
             ("row", tensors),
             ("column", [tensor.mT.contiguous() for tensor in tensors]),
@@ -1032,7 +1032,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases(), room=st.sampled_from([12 * 1024 * 1024, 4096, 1499]))
 def test_the_merge_is_the_oracle_rounded_once(case, room):
     tensors, weights, options = case
-    with mock.patch.object(kernel, "_SCRATCH_BYTES_CPU", room):
+    with mock.patch.object(streaming, "_SCRATCH_BYTES_CPU", room):
         result = nuslerp(tensors, weights, **options)
     assert_rounded_once(result, tensors, weights, **options)
 

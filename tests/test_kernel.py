@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_rounded_once, granularities, oracle, reference, vectors
 
-from mergekit_nuslerp import kernel, nuslerp
+from mergekit_nuslerp import kernel, nuslerp, streaming
 from mergekit_nuslerp.kernel import NonFiniteError
 
 # Where vectors happen to have no unique mean, that is looked at as well.
@@ -592,7 +592,7 @@ def test_nan_is_found_beside_a_zero_vector(position):
 
 
 def test_nan_in_the_last_piece_of_many_is_found(monkeypatch):
-    monkeypatch.setattr(kernel, "_SCRATCH_BYTES_CPU", 4096)
+    monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", 4096)
     tensors, base = models(70, 31, dtype=torch.bfloat16)
     tensors[1][69, 30] = math.inf
     for granularity in GRANULARITIES:
@@ -876,9 +876,9 @@ def test_the_size_of_the_pieces_does_not_matter(
     tensors[0][0, 0], tensors[1][1, 1] = 0, 0
     weights = torch.tensor([[0.3, 0.7], [1, 1], [2, -1]])[: shape[0]]
     at_once = merge_batch(tensors, weights, base=base, granularity=granularity)
-    monkeypatch.setattr(kernel, "_SCRATCH_BYTES_CPU", room)
-    monkeypatch.setattr(kernel, "_MAX_VECTORS", most_vectors)
-    monkeypatch.setattr(kernel, "_STRIP_LENGTH", strip)
+    monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", room)
+    monkeypatch.setattr(streaming, "_MAX_VECTORS", most_vectors)
+    monkeypatch.setattr(streaming, "_STRIP_LENGTH", strip)
     in_pieces = merge_batch(tensors, weights, base=base, granularity=granularity)
     # Sums are exact here; what is left is rounding once, at the ends of pieces too.
     eps = torch.finfo(dtype).eps
@@ -887,7 +887,7 @@ def test_the_size_of_the_pieces_does_not_matter(
 
 @all_granularities
 def test_extreme_values_in_pieces(monkeypatch, granularity):
-    monkeypatch.setattr(kernel, "_SCRATCH_BYTES_CPU", 1111)
+    monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", 1111)
     for scale in (2.0**-100, 2.0**100):
         tensors, base = models(37, 29, dtype=torch.bfloat16)
         tensors, base = [scale * tensor for tensor in tensors], scale * base
@@ -944,8 +944,8 @@ def test_recording_a_gradient_does_not_change_the_merge(granularity, with_base, 
 def test_gradients_of_more_vectors_than_are_worked_out_at_once(
     monkeypatch, granularity
 ):
-    monkeypatch.setattr(kernel, "_MAX_VECTORS", 4)
-    monkeypatch.setattr(kernel, "_STRIP_LENGTH", 2)
+    monkeypatch.setattr(streaming, "_MAX_VECTORS", 4)
+    monkeypatch.setattr(streaming, "_STRIP_LENGTH", 2)
     tensors, base = models(9, 11)
     inputs = [tensor.requires_grad_() for tensor in (*tensors, base)]
     result = nuslerp(inputs[:2], [0.3, 0.7], base=base, granularity=granularity)
@@ -1067,7 +1067,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases(), room=st.sampled_from([12 * 1024 * 1024, 4096, 997]))
 def test_the_merge_is_the_oracle_rounded_once(case, room):
     tensors, weights, options = case
-    with mock.patch.object(kernel, "_SCRATCH_BYTES_CPU", room):
+    with mock.patch.object(streaming, "_SCRATCH_BYTES_CPU", room):
         result = nuslerp(tensors, weights, **options)
     assert_rounded_once(result, tensors, weights, **options)
 

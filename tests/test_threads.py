@@ -11,13 +11,13 @@ import pytest
 import torch
 from oracle import oracle
 
-from mergekit_nuslerp import NonFiniteError, kernel, nuslerp
+from mergekit_nuslerp import NonFiniteError, kernel, nuslerp, streaming
 
 
 @pytest.fixture(autouse=True)
 def several_threads(monkeypatch):
     """Three threads and small pieces, whatever machine this is."""
-    monkeypatch.setattr(kernel, "_SCRATCH_BYTES_CPU", 16 * 1024)
+    monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", 16 * 1024)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -70,14 +70,17 @@ def test_any_number_of_threads_gives_the_same_merge(weights, granularity, count)
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_several_threads_take_part(weights, granularity, monkeypatch):
-    workers, threads, read = set(), set(), kernel._Worker.read
+    workers, threads, read = set(), set(), streaming.Worker.read
+    met = threading.Barrier(3)
 
     def watched(self, piece):
-        workers.add(self)
-        threads.add(threading.get_ident())
+        if self not in workers:
+            workers.add(self)
+            threads.add(threading.get_ident())
+            met.wait(30)  # or the first would be done before the others start
         read(self, piece)
 
-    monkeypatch.setattr(kernel._Worker, "read", watched)
+    monkeypatch.setattr(streaming.Worker, "read", watched)
     nuslerp(weights[:2], [1, 1], granularity=granularity)
     assert len(workers) == 3
     assert threading.get_ident() not in threads
