@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from mergekit.merge_methods.nuslerp import nuslerp as mergekit_nuslerp_function
@@ -50,13 +50,20 @@ class Case:
         t = WEIGHTS[1] / sum(WEIGHTS)
         options = {
             "flatten": self.granularity == "tensor",
-            "dim": 0 if self.granularity == "column" else -1,
+            # 0 in mergekit's method, which is the same for a matrix.
+            "dim": -2 if self.granularity == "column" else -1,
         }
         a, b = self.tensors
         if self.base is None:
             return mergekit_nuslerp_function(t, a, b, **options)
         base = self.base
         return base + mergekit_nuslerp_function(t, a - base, b - base, **options)
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Case:
+        """The same of other tensors."""
+        a, b = self.tensors
+        base = None if self.base is None else change(self.base)
+        return replace(self, tensors=(change(a), change(b)), base=base)
 
 
 def cases(

@@ -1,16 +1,18 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""More than two models: time, growth, exactness."""
+"""Against mergekit's other spherical methods; growth and exactness with the models."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from mergekit.merge_methods import merge_tensors
 
-from benchmarks.speed import paired
+from benchmarks.cases import WEIGHTS
+from benchmarks.speed import interleaved, median_ratio, medians
 from mergekit_nuslerp import nuslerp
 
 GRANULARITIES = ("tensor", "row", "column", "row:128", "column:128")
@@ -29,18 +31,60 @@ def models(size: int, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
     return [*tuned, base.to(dtype)]
 
 
+def unrelated(size: int, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(size, size, generator=generator).to(dtype) for _ in range(count)
+    ]
+
+
+def compare(label: str, theirs: Callable, ours: Callable, runs: int) -> None:
+    """One row."""
+    rounds = interleaved((theirs, ours), runs)
+    slow, fast = medians(rounds)
+    print(
+        f"| {label} | {slow * 1e3:.0f} | {fast * 1e3:.0f} "
+        f"| {median_ratio(rounds, 0, 1):.1f} |",
+        flush=True,
+    )
+
+
+def two(size: int = 4096, runs: int = 11) -> None:
+    """mergekit's `slerp`, which takes each tensor as one vector, without a base."""
+    print(
+        f"\n### mergekit's `slerp`: two {size} x {size} weights, median of {runs} "
+        "rounds\n"
+    )
+    print("| weights | dtype | mergekit (ms) | plugin (ms) | times faster |")
+    print("|---|---|---|---|---|")
+    for dtype in (torch.bfloat16, torch.float32):
+        *tuned, _ = models(size, dtype, 2)
+        for label, inputs in (
+            ("unrelated", unrelated(size, dtype, 2)),
+            ("fine-tunes", tuned),
+        ):
+            theirs = partial(
+                merge_tensors,
+                inputs,
+                "slerp",
+                parameters={"t": WEIGHTS[1] / sum(WEIGHTS)},
+                base_index=0,  # what it calls the base is the model where t is zero
+            )
+            ours = partial(nuslerp, inputs, WEIGHTS)
+            name = str(dtype).removeprefix("torch.")
+            compare(f"{label} | {name}", theirs, ours, runs)
+
+
 def others(size: int = 2048, runs: int = 5) -> None:
     """mergekit's methods for more than two models, which have no granularity."""
-    print(f"\n### Three {size} x {size} float32 weights, median of {runs} pairs\n")
+    print(f"\n### Three {size} x {size} float32 weights, median of {runs} rounds\n")
     print(
         "| weights | method of mergekit | mergekit (ms) | plugin (ms) | times faster |"
     )
     print("|---|---|---|---|---|")
-    generator = torch.Generator().manual_seed(1)
-    unrelated = [torch.randn(size, size, generator=generator) for _ in range(3)]
     *tuned, base = models(size, torch.float32, 3)
     for label, inputs, start in (
-        ("unrelated", unrelated, None),
+        ("unrelated", unrelated(size, torch.float32, 3), None),
         ("fine-tunes, as they are", tuned, None),
         ("fine-tunes, task vectors", tuned, base),
     ):
@@ -59,12 +103,7 @@ def others(size: int = 2048, runs: int = 5) -> None:
                 base_index=None if start is None else 3,
             )
             ours = partial(nuslerp, inputs, [1.0] * 3, base=start, magnitude="linear")
-            slow, fast, ratio = paired(theirs, ours, runs)
-            print(
-                f"| {label} | {method} | {slow * 1e3:.0f} | {fast * 1e3:.0f} "
-                f"| {ratio:.1f} |",
-                flush=True,
-            )
+            compare(f"{label} | {method}", theirs, ours, runs)
 
 
 def growth(size: int = 2048, runs: int = 7) -> None:
@@ -90,11 +129,13 @@ def growth(size: int = 2048, runs: int = 7) -> None:
 
             cells = []
             for count in counts[1:]:
-                _, two, ratio = paired(partial(merge, count), partial(merge, 2), runs)
+                rounds = interleaved((partial(merge, count), partial(merge, 2)), runs)
+                _, pair = medians(rounds)
+                ratio = median_ratio(rounds, 0, 1)
                 cells.append(f"{ratio:.1f} ({2 * ratio / count:.1f} each)")
             name = str(dtype).removeprefix("torch.")
             print(
-                f"| {name} | {granularity} | {two * 1e3:.0f} | {' | '.join(cells)} |",
+                f"| {name} | {granularity} | {pair * 1e3:.0f} | {' | '.join(cells)} |",
                 flush=True,
             )
 
@@ -131,6 +172,7 @@ def exactness(size: int = 1536) -> None:
 
 
 def table() -> None:
+    two()
     others()
     growth()
     exactness()

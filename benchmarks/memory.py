@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -28,8 +29,7 @@ def measure(method: str, granularity: str, elements: int) -> None:
     getattr(small, method)()  # what libraries take once is no part of the merge
     # Made of a small weight, so that nothing larger than the inputs came before.
     tiles = (shape[0] // 8, shape[1] // 8)
-    inputs = [t.repeat(tiles) for t in (*small.tensors, small.base)]
-    case = type(small)((inputs[0], inputs[1]), inputs[2], granularity)
+    case = replace(small.mapped(lambda t: t.repeat(tiles)), granularity=granularity)
     before = _high_water()
     result = getattr(case, method)()
     print((_high_water() - before) / MIB, result.nbytes / MIB)

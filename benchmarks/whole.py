@@ -1,18 +1,25 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""Whole merges through `mergekit-yaml`, with and without the plugin."""
+"""Whole merges through `mergekit-yaml`, by this plugin and by mergekit's methods."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
+
+from safetensors.torch import load_file, save_file
+
+from mergekit_nuslerp.checkpoints import write_checkpoints
 
 CONFIG = """
 merge_method: nuslerp
@@ -23,10 +30,58 @@ models:
   - {model: ./kd, parameters: {weight: 0.7}}
 """
 
+LINEAR = """
+merge_method: linear
+dtype: bfloat16
+models:
+  - {model: ./base, parameters: {weight: 0.2}}
+  - {model: ./sft, parameters: {weight: 0.3}}
+  - {model: ./kd, parameters: {weight: 0.5}}
+"""
 
-def merge(folder: Path, *, plugin: bool) -> tuple[float, float, float]:
-    """Wall and CPU seconds and peak MiB of one merge in a process of its own."""
+PASSTHROUGH = """
+merge_method: passthrough
+dtype: bfloat16
+models:
+  - {model: ./sft}
+"""
+
+# The config, and whether the plugin is on. What linear takes is the least of a merge
+# of three models, and what passthrough takes is that of reading and writing one.
+METHODS = {
+    "mergekit's nuslerp": (CONFIG, False),
+    "plugin": (CONFIG, True),
+    "mergekit's linear": (LINEAR, False),
+    "passthrough of one": (PASSTHROUGH, False),
+}
+THEIRS, OURS, SIMPLE, _ = METHODS
+
+# Layers, hidden size and rounds: Llama's shape with 0.13, 1.2 and 7 B parameters.
+SIZES = ((12, 768, 3), (24, 2048, 3))
+LARGEST = (36, 4096, 1)
+LARGEST_GB = 70  # three models and the result, with some room
+
+_LAYERS_IN_FILE = 4
+
+
+class Usage(NamedTuple):
+    """Of one process: seconds, and MiB at the peak."""
+
+    wall: float
+    user: float
+    system: float
+    memory: float
+
+    @property
+    def cpu(self) -> float:
+        return self.user + self.system
+
+
+def merge(folder: Path, config: str, *, plugin: bool) -> Usage:
+    """One merge in a process of its own."""
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
     shutil.rmtree(folder / "out", ignore_errors=True)
+    os.sync()  # what was written before is not to be waited for in this merge
     command = [sys.executable, "-m", "mergekit.scripts.run_yaml", "config.yaml", "out"]
     environment = {**os.environ, "MERGEKIT_NUSLERP": "1" if plugin else "0"}
     start = time.perf_counter()
@@ -42,31 +97,141 @@ def merge(folder: Path, *, plugin: bool) -> tuple[float, float, float]:
         raise RuntimeError(f"mergekit-yaml failed in {folder}")
     # Kilobytes on Linux, bytes on macOS.
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
+    return Usage(wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / unit)
 
 
-def table(layers: int = 24, hidden_size: int = 1280, runs: int = 3) -> None:
-    from mergekit_nuslerp.checkpoints import write_checkpoints
+def write_models(
+    folder: Path, layers: int, hidden_size: int, vocabulary: int = 32000
+) -> float:
+    """Write a base and fine-tunes of it, and return the billions of parameters of each.
 
+    All layers are the first one, rolled: a merge takes the same time, and billions of
+    random numbers would take minutes, and all of a model at a time in memory.
+    """
+    elements = 0
+    for model in write_checkpoints(
+        folder, layers=1, hidden_size=hidden_size, vocabulary=vocabulary, shards=1
+    ):
+        elements = _grow(model, layers)
+    return elements / 1e9
+
+
+def _grow(model: Path, layers: int) -> int:
+    """Give a checkpoint of one layer more of them, and return its elements."""
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    settings["num_hidden_layers"] = layers
+    (model / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+    first = "model.layers.0."
+    rest = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    layer = {name: rest.pop(name) for name in list(rest) if name.startswith(first)}
+    weight_map, size, elements = {}, 0, 0
+    for start in range(0, layers, _LAYERS_IN_FILE):
+        shard = {
+            name.replace(first, f"model.layers.{number}."): weight.roll(number)
+            for number in range(start, min(start + _LAYERS_IN_FILE, layers))
+            for name, weight in layer.items()
+        }
+        if not start:
+            shard |= rest
+        file = f"model-{start:05d}.safetensors"
+        save_file(shard, model / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        size += sum(weight.nbytes for weight in shard.values())
+        elements += sum(weight.numel() for weight in shard.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps(index), encoding="utf-8"
+    )
+    return elements
+
+
+def measure(
+    layers: int, hidden_size: int, runs: int
+) -> tuple[float, list[dict[str, Usage]]]:
+    """Billions of parameters, and rounds of a merge by each method."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        write_checkpoints(
-            folder, layers=layers, hidden_size=hidden_size, vocabulary=32000
-        )
-        (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
-        bytes_each = sum(
-            f.stat().st_size for f in (folder / "base").glob("*.safetensors")
+        billions = write_models(folder, layers, hidden_size)
+        # So that each finds the files in memory, as far as they fit.
+        merge(folder, CONFIG, plugin=False)
+        rounds = [
+            {
+                name: merge(folder, config, plugin=plugin)
+                for name, (config, plugin) in METHODS.items()
+            }
+            for _ in range(runs)
+        ]
+    return billions, rounds
+
+
+def middle(rounds: list[dict[str, Usage]], method: str, quantity: str) -> float:
+    return median(getattr(usages[method], quantity) for usages in rounds)
+
+
+def ratio(rounds: list[dict[str, Usage]], over: str, under: str, quantity: str) -> str:
+    """Median of those taken within a round."""
+    values = (
+        getattr(usages[over], quantity) / getattr(usages[under], quantity)
+        for usages in rounds
+    )
+    return f"{median(values):.2f}"
+
+
+def report(billions: float, rounds: list[dict[str, Usage]]) -> None:
+    runs = f"median of {len(rounds)} rounds" if len(rounds) > 1 else "one round"
+    print(f"\n### Whole merges: {billions:.2f} B parameters in bfloat16, {runs}\n")
+    print(
+        "| method | wall (s) | CPU, user (s) | CPU, system (s) | peak memory (MiB) |\n"
+        "|---|---|---|---|---|"
+    )
+    for method in METHODS:
+        seconds = (
+            f"{middle(rounds, method, quantity):.1f}"
+            for quantity in ("wall", "user", "system")
         )
         print(
-            f"\n### Whole merges: {bytes_each / 2e9:.2f} B parameters in bfloat16, "
-            f"median of {runs} pairs\n"
+            f"| {method} | {' | '.join(seconds)} "
+            f"| {middle(rounds, method, 'memory'):.0f} |"
         )
-        merge(folder, plugin=False)  # so that both find the files in memory
-        pairs = [[merge(folder, plugin=p) for p in (False, True)] for _ in range(runs)]
-    print("| | mergekit | plugin | plugin / mergekit |")
-    print("|---|---|---|---|")
-    for index, name in enumerate(("wall (s)", "CPU (s)", "peak memory (MiB)")):
-        theirs = median(pair[0][index] for pair in pairs)
-        ours = median(pair[1][index] for pair in pairs)
-        ratio = median(pair[1][index] / pair[0][index] for pair in pairs)
-        print(f"| {name} | {theirs:.1f} | {ours:.1f} | {ratio:.2f} |", flush=True)
+    print(
+        f"\nplugin / mergekit's nuslerp: CPU {ratio(rounds, OURS, THEIRS, 'cpu')}, "
+        f"wall {ratio(rounds, OURS, THEIRS, 'wall')}; plugin / mergekit's linear: "
+        f"wall {ratio(rounds, OURS, SIMPLE, 'wall')}.",
+        flush=True,
+    )
+
+
+def growth(measured: list[tuple[float, list[dict[str, Usage]]]]) -> None:
+    """Without the start, which is the same for all sizes."""
+    print("\n### Whole merges: seconds a billion parameters, net of the start\n")
+    print("| from | to | method | wall (s / B) | CPU (s / B) |")
+    print("|---|---|---|---|---|")
+    for (small, few), (large, many) in pairwise(measured):
+        for method in METHODS:
+            slopes = (
+                (middle(many, method, quantity) - middle(few, method, quantity))
+                / (large - small)
+                for quantity in ("wall", "cpu")
+            )
+            cells = " | ".join(f"{slope:.1f}" for slope in slopes)
+            print(f"| {small:.2f} B | {large:.2f} B | {method} | {cells} |")
+
+
+def table(
+    *, largest: bool = False, sizes: tuple[tuple[int, int, int], ...] = SIZES
+) -> None:
+    loads = " ".join(f"{load:.2f}" for load in os.getloadavg())
+    print(f"\nLoad of the machine before the whole merges: {loads}.")
+    if largest:
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if free < LARGEST_GB * 1e9:
+            print(f"The largest size needs {LARGEST_GB} GB of disk; left out.")
+        else:
+            sizes = (*sizes, LARGEST)
+    measured = []
+    for size in sizes:
+        measured.append(measure(*size))
+        report(*measured[-1])
+    growth(measured)

@@ -88,19 +88,34 @@ def mean_coefficients(
     if magnitude not in get_args(Magnitude):
         raise ValueError(f"magnitude must be one of {get_args(Magnitude)}")
     weights = weights.expand(gram.shape[:-1])
-    zero = gram.diagonal(dim1=-2, dim2=-1) == 0
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    zero = squares == 0
     # Each `where` here and below replaces what the formula cannot take *before* it is
     # taken: selecting afterwards would still leave NaN in the derivative.
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    gram = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
-    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    cosines = gram / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
-    mean = _slerp if gram.shape[-1] == 2 else karcher_coefficients
-    directions, unique = mean(cosines, weights, antipodal_tolerance=antipodal_tolerance)
+    lengths = torch.where(zero, 1, squares).sqrt()
+    if gram.shape[-1] == 2:
+        cosine = gram[..., 0, 1] / lengths[..., 0] / lengths[..., 1]
+        cosine = torch.where(zero.any(-1), 0, cosine)
+        directions, unique = _slerp(cosine, weights, antipodal_tolerance)
+    else:
+        cosines = _cosines(gram, lengths, zero)
+        directions, unique = karcher_coefficients(
+            cosines, weights, antipodal_tolerance=antipodal_tolerance
+        )
     if magnitude != "slerp":
+        cosines = _cosines(gram, lengths, zero)
         lengths = torch.where(zero, 0, lengths if scale is None else lengths / scale)
         directions = _resize(directions, cosines, lengths, weights, magnitude)
     return torch.where(unique.unsqueeze(-1), directions, weights), unique
+
+
+def _cosines(
+    gram: torch.Tensor, lengths: torch.Tensor, zero: torch.Tensor
+) -> torch.Tensor:
+    """Inner products of unit vectors, where zero vectors are orthogonal to others."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
+    return gram / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
 
 
 def _resize(
@@ -128,11 +143,10 @@ def _resize(
 
 
 def _slerp(
-    cosines: torch.Tensor, weights: torch.Tensor, *, antipodal_tolerance: float
+    cosine: torch.Tensor, weights: torch.Tensor, antipodal_tolerance: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two unit vectors: c_i = sin(w_i theta) / sin(theta), theta in radians."""
-    cosine = cosines[..., 0, 1]
-    opposite = cosine <= _tolerance(cosines.dtype, antipodal_tolerance) - 1
+    opposite = cosine <= _tolerance(cosine.dtype, antipodal_tolerance) - 1
     unique = ~(opposite & (weights != 0).all(-1))
     linear = (cosine >= 1) | opposite
     cosine = torch.where(linear, 0, cosine)

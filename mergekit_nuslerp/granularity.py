@@ -94,18 +94,33 @@ def _blocks(size: int, block: int, kind: str) -> int:
     return size // block
 
 
-def storage_order(tensor: torch.Tensor, granularity: str) -> list[int]:
-    """Dimensions of a batch in an order in which it is cheap to read.
+def as_stored(tensor: torch.Tensor, granularity: str) -> tuple[list[int], str]:
+    """The same vectors, of dimensions in an order that is cheap to read.
 
-    Where vectors take in whole dimensions, the order of their elements is free. So a
-    transposed weight can be read as it lies instead of through a contiguous copy.
+    Where vectors take in whole dimensions, the order of their elements is free. And
+    the rows of a matrix are the columns of its transpose. So a transposed weight can be
+    read as it lies instead of in leaps or through a contiguous copy.
+
+    Args:
+        tensor: `(batch, *weight_shape)`.
+        granularity: as in `vector_view`.
 
     Returns:
-        The order, batch first: for `"tensor"` and `"matrix"` from the slowest to the
-        fastest dimension in memory, else as they are.
+        The order of the dimensions, batch first, and the granularity in that order.
+
+    Raises:
+        As `vector_view`.
     """
-    free = {"tensor": tensor.ndim - 1, "matrix": min(2, tensor.ndim - 1)}
-    first = tensor.ndim - free.get(granularity, 0)
-    strides = tensor.stride()
-    inside = sorted(range(first, tensor.ndim), key=lambda dim: -strides[dim])
-    return [*range(first), *inside]
+    vector_view(tensor.shape, granularity)  # for errors in the words of the caller
+    kind, block = parse(granularity)
+    order, strides = list(range(tensor.ndim)), tensor.stride()
+    if kind in ("tensor", "matrix"):
+        first = 1 if kind == "tensor" else max(1, tensor.ndim - 2)
+        order[first:] = sorted(order[first:], key=lambda dim: -strides[dim])
+        return order, granularity
+    if kind == FIRST_DIMENSION and tensor.ndim == 3:
+        kind = "column"
+    if kind in ("row", "column") and tensor.ndim > 2 and strides[-2] < strides[-1]:
+        order[-2:] = reversed(order[-2:])
+        kind = "row" if kind == "column" else "column"
+    return order, kind if block == 1 else f"{kind}:{block}"

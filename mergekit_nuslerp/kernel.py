@@ -21,12 +21,11 @@ from typing import NamedTuple
 import torch
 
 from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM, Magnitude, normalize_weights
-from mergekit_nuslerp.granularity import storage_order
+from mergekit_nuslerp.granularity import as_stored
 from mergekit_nuslerp.streaming import (
     Crew,
     Job,
     Worker,
-    allocate,
     one_thread,
     over_elements,
 )
@@ -186,11 +185,11 @@ def merge_batch(
         raise ValueError(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
-    order = storage_order(tensors[0], granularity)
+    order, stored = as_stored(tensors[0], granularity)
     job = Job.of(
         [tensor.permute(order) for tensor in tensors],
         None if base is None else base.permute(order),
-        granularity,
+        stored,
         weights=normalized,
         magnitude=magnitude,
         lambda_=lambda_,
@@ -226,11 +225,11 @@ def gram_matrices(
     Raises:
         As `nuslerp`. OverflowError for squares beyond the range of that dtype.
     """
-    order = storage_order(tensors[0].unsqueeze(0), granularity)
+    order, stored = as_stored(tensors[0].unsqueeze(0), granularity)
     job = Job.of(
         [tensor.detach().unsqueeze(0).permute(order) for tensor in tensors],
         None if base is None else base.detach().unsqueeze(0).permute(order),
-        granularity,
+        stored,
         measures_base=base is not None,
     )
     outer, _, inner, _ = job.sizes
@@ -287,7 +286,7 @@ def _stream(
         The result in the job's view, `(groups, 2)` the smallest and the largest squared
         length of a vector in each group, and `(batch,)` the vectors merged linearly.
     """
-    result = allocate(job.sizes, job.dtype, job.device)
+    result = torch.empty(job.sizes, dtype=job.dtype, device=job.device)
     squares = []
     linear = torch.zeros(job.sizes[0], dtype=torch.int64, device=job.device)
     with Crew(job, dtype) as crew:

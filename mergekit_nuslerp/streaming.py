@@ -21,7 +21,6 @@ from math import ceil, gcd, prod
 from threading import Barrier
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from mergekit_nuslerp.geometry import Magnitude, mean_coefficients
@@ -213,7 +212,7 @@ class Group:
         return [tile for part in values.split(outer) for tile in part.split(inner, 1)]
 
     def joined(
-        self, found: Sequence[torch.Tensor], join: Callable[..., torch.Tensor]
+        self, found: list[torch.Tensor], join: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
         """Values of all vectors, `(outer, inner, ...)`, from those of the pieces.
 
@@ -454,20 +453,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def allocate(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """An uninitialised tensor, on Linux in huge pages where it is large.
-
-    NumPy asks the system for huge pages and PyTorch does not. First touching a result
-    page by page would take a quarter of the time of a whole merge.
-    """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    storage = np.empty(prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(storage).view(dtype).view(shape)
-
-
 def _scratch(size: int, device: torch.device) -> torch.Tensor:
     """Bytes for one worker: on the CPU a block that is kept, and mostly larger."""
     if device.type != "cpu":
@@ -477,7 +462,7 @@ def _scratch(size: int, device: torch.device) -> torch.Tensor:
         if block.nbytes >= size:
             return block
     with torch.inference_mode(False):  # later merges may run outside of that mode
-        return allocate((max(size, _SCRATCH_BYTES_CPU),), torch.uint8, device)
+        return torch.empty(max(size, _SCRATCH_BYTES_CPU), dtype=torch.uint8)
 
 
 class Crew:

@@ -11,7 +11,7 @@ import torch
 from oracle import assert_rounded_once, granularities, vectors
 
 from mergekit_nuslerp import nuslerp
-from mergekit_nuslerp.granularity import from_flags, storage_order, vector_view
+from mergekit_nuslerp.granularity import as_stored, from_flags, vector_view
 
 # Where vectors happen to have no unique mean, that is looked at as well.
 pytestmark = pytest.mark.filterwarnings("ignore:.*no unique spherical mean")
@@ -135,26 +135,46 @@ def test_flags_mean_what_they_mean_to_mergekit(flatten, row_wise):
 @pytest.mark.parametrize(
     "order", [(0, 1, 2, 3), (0, 3, 2, 1), (0, 2, 1, 3), (0, 2, 3, 1)]
 )
-def test_storage_order_reads_a_permuted_batch_as_it_lies(order):
+def test_a_permuted_batch_is_read_as_it_lies(order):
     batch = numbered(2, 3, 4, 5).permute(order)
-    assert batch.permute(storage_order(batch, "tensor")).is_contiguous()
+    assert batch.permute(as_stored(batch, "tensor")[0]).is_contiguous()
     matrices = numbered(2, 3, 4, 5).transpose(2, 3)
-    assert matrices.permute(storage_order(matrices, "matrix")).is_contiguous()
+    assert matrices.permute(as_stored(matrices, "matrix")[0]).is_contiguous()
 
 
-def test_storage_order_keeps_vectors_apart():
-    batch = torch.empty(5, 4, 3, 2).permute(3, 2, 1, 0)  # the batch is fastest
-    assert storage_order(batch, "tensor")[0] == 0
-    assert storage_order(batch, "matrix")[:2] == [0, 1]
-    for granularity in ("row", "column", "row:2", "column:2", "dim0"):
-        assert storage_order(batch, granularity) == [0, 1, 2, 3]
+def test_vectors_are_kept_apart():
+    batch = torch.empty(6, 4, 3, 2).permute(3, 2, 1, 0)  # the batch is fastest
+    assert as_stored(batch, "tensor")[0][0] == 0
+    assert as_stored(batch, "matrix")[0][:2] == [0, 1]
+    for granularity in ("row", "column", "row:2", "column:2"):
+        assert as_stored(batch, granularity)[0][:2] == [0, 1]
+    assert as_stored(batch, "dim0") == ([0, 1, 2, 3], "dim0")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_stored_vectors_are_those_of_the_weight(batch, shape):
+    """Also in their order, but for elements within a vector."""
+    weights = numbered(batch, *shape)
+    if len(shape) > 1:
+        weights = numbered(batch, *shape[:-2], shape[-1], shape[-2]).mT
+    for granularity in granularities(shape):
+        order, stored = as_stored(weights, granularity)
+        found = viewed(weights.permute(order), stored)
+        expected = viewed(weights, granularity)
+        assert [sorted(vector) for vector in found] == [sorted(v) for v in expected]
+
+
+def test_a_block_is_refused_in_the_words_it_was_given_in():
+    with pytest.raises(ValueError, match=r"'row:4' does not divide 6 rows"):
+        nuslerp([torch.zeros(3, 6).t()] * 2, [1, 1], granularity="row:4")
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4), (2, 3, 4, 5)])
-def test_storage_order_takes_expanded_weights(shape):
+def test_expanded_weights_are_taken(shape):
     batch = torch.zeros(1, *(1 for _ in shape[1:])).expand(shape)
-    for granularity in ("tensor", "matrix"):
-        order = storage_order(batch, granularity)
+    for granularity in GRANULARITIES:
+        order, _ = as_stored(batch, granularity)
         assert order[0] == 0
         assert sorted(order) == list(range(len(shape)))
 
