@@ -94,15 +94,18 @@ def _blocks(size: int, block: int, kind: str) -> int:
     return size // block
 
 
-def as_stored(tensor: torch.Tensor, granularity: str) -> tuple[list[int], str]:
+def as_stored(
+    tensors: Sequence[torch.Tensor], granularity: str
+) -> tuple[list[int], str]:
     """The same vectors, of dimensions in an order that is cheap to read.
 
     Where vectors take in whole dimensions, the order of their elements is free. And
-    the rows of a matrix are the columns of its transpose. So a transposed weight can be
-    read as it lies instead of in leaps or through a contiguous copy.
+    the rows of a matrix are the columns of its transpose. So transposed weights can be
+    read as they lie instead of in leaps or through a contiguous copy.
 
     Args:
-        tensor: `(batch, *weight_shape)`.
+        tensors: each `(batch, *weight_shape)`. The first decides, but rows and columns
+            change places only where that takes a copy of none.
         granularity: as in `vector_view`.
 
     Returns:
@@ -111,16 +114,28 @@ def as_stored(tensor: torch.Tensor, granularity: str) -> tuple[list[int], str]:
     Raises:
         As `vector_view`.
     """
-    vector_view(tensor.shape, granularity)  # for errors in the words of the caller
+    first = tensors[0]
+    vector_view(first.shape, granularity)  # for errors in the words of the caller
     kind, block = parse(granularity)
-    order, strides = list(range(tensor.ndim)), tensor.stride()
+    order, strides = list(range(first.ndim)), first.stride()
     if kind in ("tensor", "matrix"):
-        first = 1 if kind == "tensor" else max(1, tensor.ndim - 2)
-        order[first:] = sorted(order[first:], key=lambda dim: -strides[dim])
+        start = 1 if kind == "tensor" else max(1, first.ndim - 2)
+        order[start:] = sorted(order[start:], key=lambda dim: -strides[dim])
         return order, granularity
-    if kind == FIRST_DIMENSION and tensor.ndim == 3:
+    if kind == FIRST_DIMENSION and first.ndim == 3:
         kind = "column"
-    if kind in ("row", "column") and tensor.ndim > 2 and strides[-2] < strides[-1]:
-        order[-2:] = reversed(order[-2:])
+    if kind in ("row", "column") and first.ndim > 2 and strides[-2] < strides[-1]:
         kind = "row" if kind == "column" else "column"
-    return order, kind if block == 1 else f"{kind}:{block}"
+        swapped = kind if block == 1 else f"{kind}:{block}"
+        if all(_is_view(tensor.mT, swapped) for tensor in tensors):
+            return [*order[:-2], order[-1], order[-2]], swapped
+    return order, granularity
+
+
+def _is_view(tensor: torch.Tensor, granularity: str) -> bool:
+    """Whether a batch can be seen as vectors without copying it."""
+    try:
+        tensor.view(vector_view(tensor.shape, granularity))
+    except RuntimeError:
+        return False
+    return True

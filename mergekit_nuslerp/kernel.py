@@ -185,7 +185,8 @@ def merge_batch(
         raise ValueError(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
-    order, stored = as_stored(tensors[0], granularity)
+    inputs = list(tensors) if base is None else [*tensors, base]
+    order, stored = as_stored(inputs, granularity)
     job = Job.of(
         [tensor.permute(order) for tensor in tensors],
         None if base is None else base.permute(order),
@@ -225,7 +226,8 @@ def gram_matrices(
     Raises:
         As `nuslerp`. OverflowError for squares beyond the range of that dtype.
     """
-    order, stored = as_stored(tensors[0].unsqueeze(0), granularity)
+    inputs = list(tensors) if base is None else [*tensors, base]
+    order, stored = as_stored([t.unsqueeze(0) for t in inputs], granularity)
     job = Job.of(
         [tensor.detach().unsqueeze(0).permute(order) for tensor in tensors],
         None if base is None else base.detach().unsqueeze(0).permute(order),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from itertools import combinations_with_replacement, product
 from math import ceil, gcd, prod
 from threading import Barrier
@@ -45,6 +45,9 @@ _MAX_VECTORS = 16 * 1024
 
 # Vectors whose means one thread works out; fewer are not worth sharing.
 _FEWEST_MEANS = 64
+
+# Gram matrices of parts of vectors that may wait to be added up.
+_GATHERED_BYTES = 4 * 1024 * 1024
 
 # Matrix products of long vectors are added up in blocks, for precision: some libraries
 # sum one element after the other. Blocks shorter than the second are not worth it.
@@ -211,19 +214,8 @@ class Group:
         outer, inner = self.tile
         return [tile for part in values.split(outer) for tile in part.split(inner, 1)]
 
-    def joined(
-        self, found: list[torch.Tensor], join: Callable[..., torch.Tensor]
-    ) -> torch.Tensor:
-        """Values of all vectors, `(outer, inner, ...)`, from those of the pieces.
-
-        Args:
-            found: one tensor a piece, `(outer, inner, ...)`.
-            join: reduces what the pieces of a tile show, stacked, along a dimension.
-        """
-        if self.per_tile > 1:
-            starts = range(0, len(found), self.per_tile)
-            tiles = [torch.stack(found[s : s + self.per_tile]) for s in starts]
-            found = [join(tile, 0) for tile in tiles]
+    def joined(self, found: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Values of all vectors, `(outer, inner, ...)`, from those of the tiles."""
         if len(found) == 1:
             return found[0]
         outer, _, inner, _ = self.sizes
@@ -344,26 +336,19 @@ class Worker:
         if scales is not None:
             vectors = [vector * scale for vector, scale in zip(vectors, scales)]
 
-        def inner(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            if room is not None and self.can_dot(shape):
-                return torch.dot(x.view(-1), y.view(-1)).view(1, 1)
-            return torch.mul(x, y, out=room).sum((1, 3))
-
         pairs = list(combinations_with_replacement(range(len(vectors)), 2))
-        found = {(i, j): inner(vectors[i], vectors[j]) for i, j in pairs}
+        found = {
+            (i, j): torch.mul(vectors[i], vectors[j], out=room).sum((1, 3))
+            for i, j in pairs
+        }
         order = product(range(len(vectors)), repeat=2)
         entries = torch.stack([found[min(ij), max(ij)] for ij in order], dim=-1)
         return entries.to(self.job.wide_dtype).unflatten(-1, (len(vectors), -1))
 
-    def can_dot(self, shape: torch.Size) -> bool:
-        """Whether a dot product is as exact as a sum of products, and faster."""
-        single = shape[0] == shape[2] == 1
-        return single and self.dtype == torch.float64 and not self.mixes
-
     def can_multiply(self, shape: torch.Size) -> bool:
         """Whether `multiplied` is as exact as sums of products, and faster."""
         outer, length = shape[0], prod(shape[1:])
-        if shape[2] > 1 or self.can_dot(shape):
+        if shape[2] > 1:
             return False
         if _block(outer, length) < min(length, _SHORTEST_BLOCK):
             return False
@@ -531,7 +516,11 @@ class Crew:
                     index, item = left.popleft()
                 except IndexError:  # another worker has taken the last one
                     return
-                found[index] = task(worker, item)
+                try:
+                    found[index] = task(worker, item)
+                except BaseException:
+                    left.clear()  # for the others, too
+                    raise
 
         def quietly(worker: Worker) -> None:
             with torch.inference_mode(self.inference), torch.no_grad():
@@ -543,10 +532,43 @@ class Crew:
             list(self.pool.map(quietly, self.workers[: len(items)]))
         return [found[index] for index in range(len(items))]
 
+    def gathered(
+        self,
+        group: Group,
+        task: Callable[[Worker, _T], torch.Tensor],
+        items: Sequence[_T],
+        join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Values of all vectors, `(outer, inner, ...)`, found piece by piece.
+
+        Args:
+            group: whose vectors.
+            task: what a worker finds for an item, `(outer, inner, ...)`.
+            items: one for each of the group's pieces.
+            join: makes one of what two pieces of a tile show.
+        """
+        # Each worker joins runs of pieces: kept for all of them, what was found for
+        # many short vectors would grow with the weight.
+        outer, _, inner, _ = group.sizes
+        each = 8 * outer * inner * self.job.vectors**2
+        runs = max(len(self.workers), _GATHERED_BYTES // each)
+        step = ceil(group.per_tile / runs)
+        starts = range(0, group.per_tile, step)
+        shares = [
+            items[first + start : first + min(start + step, group.per_tile)]
+            for first in range(0, len(items), group.per_tile)
+            for start in starts
+        ]
+        found = self.share(
+            lambda worker, some: reduce(join, (task(worker, item) for item in some)),
+            shares,
+        )
+        tiles = (found[k : k + len(starts)] for k in range(0, len(found), len(starts)))
+        return group.joined([reduce(join, tile) for tile in tiles])
+
     def peaks(self, group: Group) -> torch.Tensor:
         """The largest absolute element of each vector, `(outer, inner, models)`."""
-        found = self.share(Worker.peaks, group.pieces)
-        return group.joined(found, torch.amax)
+        return self.gathered(group, Worker.peaks, group.pieces, torch.maximum)
 
     def gram(self, group: Group, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Gram matrices `(outer, inner, models, models)` of a group's vectors.
@@ -556,11 +578,12 @@ class Crew:
             scale: `(outer, inner, models)`, what to multiply the vectors by.
         """
         if scale is None:
-            found = self.share(partial(Worker.gram, scales=None), group.pieces)
-        else:
-            pairs = list(zip(group.pieces, group.factors(scale)))
-            found = self.share(lambda worker, pair: worker.gram(*pair), pairs)
-        return group.joined(found, torch.sum)
+            task = partial(Worker.gram, scales=None)
+            return self.gathered(group, task, group.pieces, torch.add)
+        pairs = list(zip(group.pieces, group.factors(scale)))
+        return self.gathered(
+            group, lambda worker, pair: worker.gram(*pair), pairs, torch.add
+        )
 
     def means(
         self, group: Group, gram: torch.Tensor, scale: torch.Tensor | None

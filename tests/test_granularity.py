@@ -137,18 +137,35 @@ def test_flags_mean_what_they_mean_to_mergekit(flatten, row_wise):
 )
 def test_a_permuted_batch_is_read_as_it_lies(order):
     batch = numbered(2, 3, 4, 5).permute(order)
-    assert batch.permute(as_stored(batch, "tensor")[0]).is_contiguous()
+    assert batch.permute(as_stored([batch], "tensor")[0]).is_contiguous()
     matrices = numbered(2, 3, 4, 5).transpose(2, 3)
-    assert matrices.permute(as_stored(matrices, "matrix")[0]).is_contiguous()
+    assert matrices.permute(as_stored([matrices], "matrix")[0]).is_contiguous()
 
 
 def test_vectors_are_kept_apart():
     batch = torch.empty(6, 4, 3, 2).permute(3, 2, 1, 0)  # the batch is fastest
-    assert as_stored(batch, "tensor")[0][0] == 0
-    assert as_stored(batch, "matrix")[0][:2] == [0, 1]
+    assert as_stored([batch], "tensor")[0][0] == 0
+    assert as_stored([batch], "matrix")[0][:2] == [0, 1]
     for granularity in ("row", "column", "row:2", "column:2"):
-        assert as_stored(batch, granularity)[0][:2] == [0, 1]
-    assert as_stored(batch, "dim0") == ([0, 1, 2, 3], "dim0")
+        assert as_stored([batch], granularity)[0][:2] == [0, 1]
+    assert as_stored([batch], "dim0") == ([0, 1, 2, 3], "dim0")
+
+
+@pytest.mark.parametrize("granularity", ["column", "column:2", "row", "row:2"])
+def test_nothing_is_copied_to_read_it_as_it_lies(granularity):
+    """As slices, expanded weights and weights that lie differently would have to be."""
+    lies, plain = torch.zeros(2, 6, 4).mT, torch.zeros(2, 4, 6)
+    slices = torch.zeros(2, 7, 9)[:, :6, :4].mT
+    expanded = torch.zeros(2, 4, 1).expand(2, 4, 6)
+    for tensors in ([lies, lies], [lies, plain], [slices], [lies, slices], [expanded]):
+        order, stored = as_stored(tensors, granularity)
+        assert order in ([0, 1, 2], [0, 2, 1])
+        for tensor in tensors:
+            if order == [0, 2, 1]:
+                tensor.permute(order).view(
+                    vector_view(tensor.permute(order).shape, stored)
+                )
+    assert as_stored([lies, lies], granularity)[0] == [0, 2, 1]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -159,7 +176,7 @@ def test_stored_vectors_are_those_of_the_weight(batch, shape):
     if len(shape) > 1:
         weights = numbered(batch, *shape[:-2], shape[-1], shape[-2]).mT
     for granularity in granularities(shape):
-        order, stored = as_stored(weights, granularity)
+        order, stored = as_stored([weights], granularity)
         found = viewed(weights.permute(order), stored)
         expected = viewed(weights, granularity)
         assert [sorted(vector) for vector in found] == [sorted(v) for v in expected]
@@ -174,7 +191,7 @@ def test_a_block_is_refused_in_the_words_it_was_given_in():
 def test_expanded_weights_are_taken(shape):
     batch = torch.zeros(1, *(1 for _ in shape[1:])).expand(shape)
     for granularity in GRANULARITIES:
-        order, _ = as_stored(batch, granularity)
+        order, _ = as_stored([batch], granularity)
         assert order[0] == 0
         assert sorted(order) == list(range(len(shape)))
 

@@ -1106,3 +1106,14 @@ def test_float32_is_about_as_good_as_rounding_once(granularity, raw):
     exact = oracle(tensors, [0.3, 0.7], base, granularity)
     rounding = (exact.float().double() - exact).norm()
     assert (result.double() - exact).norm() <= 2.5 * rounding
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 3.14159])
+@pytest.mark.parametrize("length", [4096, 2**18])
+def test_opposite_float64_vectors_of_one_value_are_linear(value, length, granularity):
+    """Their sums round in one direction, as those of random numbers do not."""
+    vector = torch.full((1, length), value, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="no unique"):
+        merged = nuslerp([vector, -3 * vector], [0.4, 0.6], granularity=granularity)
+    torch.testing.assert_close(merged, -1.4 * vector)
