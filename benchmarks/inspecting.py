@@ -23,6 +23,7 @@ from mergekit.io.tasks import LoaderCache
 from benchmarks.whole import CONFIG
 from mergekit_nuslerp.inspection import inspect
 from mergekit_nuslerp.kernel import gram_matrices
+from mergekit_nuslerp.streaming import one_thread
 
 MIB = 2**20
 GRANULARITIES = {"tensor": True, "row": False}  # and `nuslerp_flatten`
@@ -53,12 +54,10 @@ def seconds(function: Callable[[], object]) -> float:
 
 def read(config: MergeConfiguration) -> None:
     """Look at each byte once, in one thread, as mergekit loads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for tensors in loaded(config):
-        for tensor in tensors:
-            tensor.view(torch.int32).amax()
-    torch.set_num_threads(threads)
+    with one_thread():
+        for tensors in loaded(config):
+            for tensor in tensors:
+                tensor.view(torch.int32).amax()
 
 
 def gram_seconds(config: MergeConfiguration, granularity: str) -> float:

@@ -93,17 +93,18 @@ def mean_coefficients(
     # Each `where` here and below replaces what the formula cannot take *before* it is
     # taken: selecting afterwards would still leave NaN in the derivative.
     lengths = torch.where(zero, 1, squares).sqrt()
-    if gram.shape[-1] == 2:
+    pair = gram.shape[-1] == 2
+    if not pair or magnitude != "slerp":  # a pair's direction takes one, no matrices
+        cosines = _cosines(gram, lengths, zero)
+    if pair:
         cosine = gram[..., 0, 1] / lengths[..., 0] / lengths[..., 1]
         cosine = torch.where(zero.any(-1), 0, cosine)
         directions, unique = _slerp(cosine, weights, antipodal_tolerance)
     else:
-        cosines = _cosines(gram, lengths, zero)
         directions, unique = karcher_coefficients(
             cosines, weights, antipodal_tolerance=antipodal_tolerance
         )
     if magnitude != "slerp":
-        cosines = _cosines(gram, lengths, zero)
         lengths = torch.where(zero, 0, lengths if scale is None else lengths / scale)
         directions = _resize(directions, cosines, lengths, weights, magnitude)
     return torch.where(unique.unsqueeze(-1), directions, weights), unique

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 
 from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM, Magnitude, normalize_weights
-from mergekit_nuslerp.granularity import as_stored
 from mergekit_nuslerp.streaming import (
     Crew,
     Job,
@@ -185,12 +184,10 @@ def merge_batch(
         raise ValueError(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
-    inputs = list(tensors) if base is None else [*tensors, base]
-    order, stored = as_stored(inputs, granularity)
     job = Job.of(
-        [tensor.permute(order) for tensor in tensors],
-        None if base is None else base.permute(order),
-        stored,
+        tensors,
+        base,
+        granularity,
         weights=normalized,
         magnitude=magnitude,
         lambda_=lambda_,
@@ -200,8 +197,8 @@ def merge_batch(
         result = tensors[0].to(job.dtype, copy=True)
         return Merged(result, vectors, torch.zeros(job.batch, dtype=torch.int64))
     result, linear = _merge(job)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    shape = [tensors[0].shape[dim] for dim in order]
+    inverse = sorted(range(len(job.order)), key=job.order.__getitem__)
+    shape = [tensors[0].shape[dim] for dim in job.order]
     return Merged(result.reshape(shape).permute(inverse), vectors, linear)
 
 
@@ -226,12 +223,10 @@ def gram_matrices(
     Raises:
         As `nuslerp`. OverflowError for squares beyond the range of that dtype.
     """
-    inputs = list(tensors) if base is None else [*tensors, base]
-    order, stored = as_stored([t.unsqueeze(0) for t in inputs], granularity)
     job = Job.of(
-        [tensor.detach().unsqueeze(0).permute(order) for tensor in tensors],
-        None if base is None else base.detach().unsqueeze(0).permute(order),
-        stored,
+        [tensor.detach().unsqueeze(0) for tensor in tensors],
+        None if base is None else base.detach().unsqueeze(0),
+        granularity,
         measures_base=base is not None,
     )
     outer, _, inner, _ = job.sizes

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial, reduce
+from functools import cached_property, reduce
 from itertools import combinations_with_replacement, product
 from math import ceil, gcd, prod
 from threading import Barrier
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from mergekit_nuslerp.geometry import Magnitude, mean_coefficients
-from mergekit_nuslerp.granularity import vector_view
+from mergekit_nuslerp.granularity import as_stored, vector_view
 
 # Scratch of one thread. On a CPU, measured: small enough for the caches, large enough
 # that starting an operation costs little beside running it. On an accelerator one
@@ -72,6 +72,7 @@ class Job:
     models: int
     batch: int
     dtype: torch.dtype  # of the result
+    order: tuple[int, ...]  # of the weights' dimensions, batch first, in the view
     # (batch, models), summing to one.
     weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     magnitude: Magnitude = "slerp"
@@ -88,6 +89,8 @@ class Job:
     ) -> Job:
         """Take each tensor, `(batch, *weight_shape)`, as vectors."""
         inputs = list(tensors) if base is None else [*tensors, base]
+        order, stored = as_stored(inputs, granularity)
+        inputs = [tensor.permute(order) for tensor in inputs]
         dtype = inputs[0].dtype
         for tensor in inputs:
             if not tensor.is_floating_point():
@@ -95,12 +98,13 @@ class Job:
                     f"NuSLERP needs floating-point tensors, not {tensor.dtype}"
                 )
             dtype = torch.promote_types(dtype, tensor.dtype)
-        sizes = vector_view(inputs[0].shape, granularity)
+        sizes = vector_view(inputs[0].shape, stored)
         return cls(
             inputs=tuple(tensor.reshape(sizes) for tensor in inputs),
             models=len(tensors),
             batch=inputs[0].shape[0],
             dtype=dtype,
+            order=tuple(order),
             **rest,
         )
 
@@ -192,9 +196,8 @@ class Group:
         self.sizes = within[0].shape
         self.steps = _steps(self.sizes, chunk)
         self.pieces: list[Piece] = list(zip(*map(self.cut, within)))
-        outer_step, length_step, inner_step, width_step = self.steps
+        _, length_step, _, width_step = self.steps
         length, width = self.sizes[1], self.sizes[3]
-        self.tile = (outer_step, inner_step)
         self.per_tile = ceil(length / length_step) * ceil(width / width_step)
 
     def cut(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -211,7 +214,7 @@ class Group:
 
     def tiles(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Cut values of vectors, `(outer, inner, ...)`, into tiles."""
-        outer, inner = self.tile
+        outer, _, inner, _ = self.steps
         return [tile for part in values.split(outer) for tile in part.split(inner, 1)]
 
     def joined(self, found: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -299,7 +302,9 @@ class Worker:
         if self.rows is None:
             wide = [part.to(self.dtype) for part in piece]
             self.base = wide[models] if len(wide) > models else None
-            self.vectors = [w if self.base is None else w - self.base for w in wide]
+            self.vectors = [
+                w if self.base is None else w - self.base for w in wide[:models]
+            ]
         else:
             rooms = self.rooms(piece[0].shape)
             self.base = rooms.each[models] if len(piece) > models else None
@@ -311,8 +316,7 @@ class Worker:
                     torch.sub(part, self.base, out=room)
             elif self.base is not None:
                 rooms.models.sub_(self.base)
-            self.vectors = rooms.each
-        self.vectors = self.vectors[: self.job.models]
+            self.vectors = rooms.each[:models]
         if self.job.measures_base and self.base is not None:
             self.vectors = [*self.vectors, self.base]
 
@@ -321,7 +325,9 @@ class Worker:
         self.read(piece)
         return torch.stack([v.abs().amax((1, 3)) for v in self.vectors], dim=-1)
 
-    def gram(self, piece: Piece, scales: Sequence[torch.Tensor] | None) -> torch.Tensor:
+    def gram(
+        self, piece: Piece, scales: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Step 1: Gram matrices, `(outer, inner, models, models)`.
 
         Sums over a piece are pairwise or in blocks, and those over pieces in the wide
@@ -578,8 +584,7 @@ class Crew:
             scale: `(outer, inner, models)`, what to multiply the vectors by.
         """
         if scale is None:
-            task = partial(Worker.gram, scales=None)
-            return self.gathered(group, task, group.pieces, torch.add)
+            return self.gathered(group, Worker.gram, group.pieces, torch.add)
         pairs = list(zip(group.pieces, group.factors(scale)))
         return self.gathered(
             group, lambda worker, pair: worker.gram(*pair), pairs, torch.add
