@@ -40,10 +40,17 @@ class Case:
         inputs = len(self.tensors) + (self.base is not None)
         return (inputs + 1) * self.tensors[0].nbytes
 
-    def ours(self) -> torch.Tensor:
+    def ours(self, *, compiled: bool = False) -> torch.Tensor:
         return nuslerp(
-            self.tensors, WEIGHTS, base=self.base, granularity=self.granularity
+            self.tensors,
+            WEIGHTS,
+            base=self.base,
+            granularity=self.granularity,
+            compiled=compiled,
         )
+
+    def compiled(self) -> torch.Tensor:
+        return self.ours(compiled=True)
 
     def theirs(self) -> torch.Tensor:
         """As mergekit's method calls its function."""

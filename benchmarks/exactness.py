@@ -31,13 +31,13 @@ def large(elements: int = 2**26) -> None:
 
 
 def rows(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    print("| dtype | vectors | base | mergekit | plugin |")
-    print("|---|---|---|---|---|")
+    print("| dtype | vectors | base | mergekit | plugin | plugin, compiled |")
+    print("|---|---|---|---|---|---|")
     for case in cases(shape, dtypes):
         reference = exact(case)
         rounded = reference.to(case.tensors[0].dtype)
         cells = []
-        for result in (case.theirs(), case.ours()):
+        for result in (case.theirs(), case.ours(), case.compiled()):
             if result.dtype == torch.float32:
                 error = (result.double() - reference).norm()
                 cells.append(f"{error / (rounded.double() - reference).norm():.2f}x")

@@ -155,23 +155,25 @@ def limits(size: int, runs: int) -> None:
     print(
         f"A copy moves {copy / 1e9:.1f} GB/s, counting what is read and written, and "
         f"{fresh / 1e9:.1f} GB/s into fresh memory. `fused` is the same merge as two "
-        "loops compiled by PyTorch. The bytes are those of reading each input once and "
-        "writing the result into used memory.\n"
+        "loops compiled by PyTorch for this one shape. The bytes are those of reading "
+        "each input once and writing the result into used memory.\n"
     )
     print(
-        "| dtype | vectors | base | mergekit (ms) | plugin (ms) | fused (ms) "
-        "| plugin / fused | mergekit / plugin | bytes alone (ms) |"
+        "| dtype | vectors | base | mergekit (ms) | plugin (ms) "
+        "| plugin, compiled (ms) | fused (ms) | plugin / fused | compiled / fused "
+        "| mergekit / plugin | mergekit / compiled | bytes alone (ms) |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     compiling = []
     for case in cases((size, size), (torch.bfloat16, torch.float32)):
         fused = Fused(case)
         compiling.append(fused.compile())
-        rounds = interleaved((case.theirs, case.ours, fused), runs)
+        rounds = interleaved((case.theirs, case.ours, case.compiled, fused), runs)
         cells = " | ".join(f"{seconds * 1e3:.1f}" for seconds in medians(rounds))
         print(
-            f"| {case.label} | {cells} | {median_ratio(rounds, 1, 2):.2f} "
-            f"| {median_ratio(rounds, 0, 1):.1f} | {case.bytes / copy * 1e3:.1f} |",
+            f"| {case.label} | {cells} | {median_ratio(rounds, 1, 3):.2f} "
+            f"| {median_ratio(rounds, 2, 3):.2f} | {median_ratio(rounds, 0, 1):.1f} "
+            f"| {median_ratio(rounds, 0, 2):.1f} | {case.bytes / copy * 1e3:.1f} |",
             flush=True,
         )
     first, second = medians(compiling)
@@ -192,11 +194,12 @@ def embedding(shape: tuple[int, int], parts: int, runs: int) -> None:
         f"mergekit's own method merges {rows // parts} of the rows, for its memory.\n"
     )
     print(
-        "| vectors | plugin (s) | fused (s) | plugin / fused "
-        "| mergekit (ns per element) | plugin (ns per element) | mergekit / plugin "
-        "| compiling (s) |"
+        "| vectors | plugin (s) | plugin, compiled (s) | fused (s) | plugin / fused "
+        "| compiled / fused | mergekit (ns per element) | plugin (ns per element) "
+        "| compiled (ns per element) | mergekit / plugin | mergekit / compiled "
+        "| compiling fused (s) |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     # Repeated, as making numbers takes float32 copies.
     part = next(cases((rows // parts, columns), (torch.bfloat16,)))
     whole = part.mapped(lambda tensor: tensor.repeat(parts, 1))
@@ -204,18 +207,20 @@ def embedding(shape: tuple[int, int], parts: int, runs: int) -> None:
         small, large = (replace(c, granularity=granularity) for c in (part, whole))
         fused = Fused(large)
         compiling = sum(fused.compile())
-        rounds = interleaved((small.theirs, large.ours, fused), runs)
-        _, ours, loops = medians(rounds)
-        # From here on of an element.
+        methods = (small.theirs, large.ours, large.compiled, fused)
+        rounds = interleaved(methods, runs)
+        seconds = " | ".join(f"{each:.2f}" for each in medians(rounds)[1:])
+        elements = rows * columns
         each = [
-            (theirs / (rows // parts * columns), ours / (rows * columns))
-            for theirs, ours, _ in rounds
+            (theirs / (elements // parts), ours / elements, compiled / elements)
+            for theirs, ours, compiled, _ in rounds
         ]
-        nanoseconds = " | ".join(f"{seconds * 1e9:.2f}" for seconds in medians(each))
+        nanoseconds = " | ".join(f"{each * 1e9:.2f}" for each in medians(each))
         print(
-            f"| {granularity} | {ours:.2f} | {loops:.2f} "
-            f"| {median_ratio(rounds, 1, 2):.2f} | {nanoseconds} "
-            f"| {median_ratio(each, 0, 1):.1f} | {compiling:.1f} |",
+            f"| {granularity} | {seconds} | {median_ratio(rounds, 1, 3):.2f} "
+            f"| {median_ratio(rounds, 2, 3):.2f} | {nanoseconds} "
+            f"| {median_ratio(each, 0, 1):.1f} | {median_ratio(each, 0, 2):.1f} "
+            f"| {compiling:.1f} |",
             flush=True,
         )
 

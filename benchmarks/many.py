@@ -40,11 +40,11 @@ def unrelated(size: int, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
 
 def compare(label: str, theirs: Callable, ours: Callable, runs: int) -> None:
     """One row."""
-    rounds = interleaved((theirs, ours), runs)
-    slow, fast = medians(rounds)
+    rounds = interleaved((theirs, ours, partial(ours, compiled=True)), runs)
+    cells = " | ".join(f"{seconds * 1e3:.0f}" for seconds in medians(rounds))
     print(
-        f"| {label} | {slow * 1e3:.0f} | {fast * 1e3:.0f} "
-        f"| {median_ratio(rounds, 0, 1):.1f} |",
+        f"| {label} | {cells} | {median_ratio(rounds, 0, 1):.1f} "
+        f"| {median_ratio(rounds, 0, 2):.1f} |",
         flush=True,
     )
 
@@ -55,8 +55,11 @@ def two(size: int = 4096, runs: int = 11) -> None:
         f"\n### mergekit's `slerp`: two {size} x {size} weights, median of {runs} "
         "rounds\n"
     )
-    print("| weights | dtype | mergekit (ms) | plugin (ms) | times faster |")
-    print("|---|---|---|---|---|")
+    print(
+        "| weights | dtype | mergekit (ms) | plugin (ms) | plugin, compiled (ms) "
+        "| times faster | times faster, compiled |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for dtype in (torch.bfloat16, torch.float32):
         *tuned, _ = models(size, dtype, 2)
         for label, inputs in (
@@ -79,9 +82,10 @@ def others(size: int = 2048, runs: int = 5) -> None:
     """mergekit's methods for more than two models, which have no granularity."""
     print(f"\n### Three {size} x {size} float32 weights, median of {runs} rounds\n")
     print(
-        "| weights | method of mergekit | mergekit (ms) | plugin (ms) | times faster |"
+        "| weights | method of mergekit | mergekit (ms) | plugin (ms) "
+        "| plugin, compiled (ms) | times faster | times faster, compiled |"
     )
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     *tuned, base = models(size, torch.float32, 3)
     for label, inputs, start in (
         ("unrelated", unrelated(size, torch.float32, 3), None),

@@ -46,15 +46,16 @@ models:
   - {model: ./sft}
 """
 
-# The config, and whether the plugin is on. What linear takes is the least of a merge
+# The config, and how the plugin is switched. What linear takes is the least of a merge
 # of three models, and what passthrough takes is that of reading and writing one.
 METHODS = {
-    "mergekit's nuslerp": (CONFIG, False),
-    "plugin": (CONFIG, True),
-    "mergekit's linear": (LINEAR, False),
-    "passthrough of one": (PASSTHROUGH, False),
+    "mergekit's nuslerp": (CONFIG, "0"),
+    "plugin": (CONFIG, "1"),
+    "plugin, compiled": (CONFIG, "compile"),
+    "mergekit's linear": (LINEAR, "0"),
+    "passthrough of one": (PASSTHROUGH, "0"),
 }
-THEIRS, OURS, SIMPLE, _ = METHODS
+THEIRS, OURS, COMPILED, SIMPLE, _ = METHODS
 
 # Layers, hidden size and rounds: Llama's shape with 0.13, 1.2 and 7 B parameters.
 SIZES = ((12, 768, 3), (24, 2048, 3))
@@ -77,13 +78,13 @@ class Usage(NamedTuple):
         return self.user + self.system
 
 
-def merge(folder: Path, config: str, *, plugin: bool) -> Usage:
+def merge(folder: Path, config: str, switch: str) -> Usage:
     """One merge in a process of its own."""
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     shutil.rmtree(folder / "out", ignore_errors=True)
     os.sync()  # what was written before is not to be waited for in this merge
     command = [sys.executable, "-m", "mergekit.scripts.run_yaml", "config.yaml", "out"]
-    environment = {**os.environ, "MERGEKIT_NUSLERP": "1" if plugin else "0"}
+    environment = {**os.environ, "MERGEKIT_NUSLERP": switch}
     start = time.perf_counter()
     process = subprocess.Popen(
         [*command, "--quiet"],
@@ -154,12 +155,13 @@ def measure(
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         billions = write_models(folder, layers, hidden_size)
-        # So that each finds the files in memory, as far as they fit.
-        merge(folder, CONFIG, plugin=False)
+        # So that each finds the files in memory, as far as they fit, and the loops
+        # that were compiled before.
+        merge(folder, CONFIG, "compile")
         rounds = [
             {
-                name: merge(folder, config, plugin=plugin)
-                for name, (config, plugin) in METHODS.items()
+                name: merge(folder, config, switch)
+                for name, (config, switch) in METHODS.items()
             }
             for _ in range(runs)
         ]
@@ -198,7 +200,9 @@ def report(billions: float, rounds: list[dict[str, Usage]]) -> None:
     print(
         f"\nplugin / mergekit's nuslerp: CPU {ratio(rounds, OURS, THEIRS, 'cpu')}, "
         f"wall {ratio(rounds, OURS, THEIRS, 'wall')}; plugin / mergekit's linear: "
-        f"wall {ratio(rounds, OURS, SIMPLE, 'wall')}.",
+        f"wall {ratio(rounds, OURS, SIMPLE, 'wall')}; compiled / not: "
+        f"CPU {ratio(rounds, COMPILED, OURS, 'cpu')}, "
+        f"wall {ratio(rounds, COMPILED, OURS, 'wall')}.",
         flush=True,
     )
 

@@ -18,7 +18,16 @@ SWITCH = "MERGEKIT_NUSLERP"
 
 def switched_off():
     """Whether the user wants mergekit's own method."""
-    return os.environ.get(SWITCH, "").strip().lower() in {"0", "false", "off", "no"}
+    return _switch() in {"0", "false", "off", "no"}
+
+
+def compiled():
+    """Whether the user wants compiled loops."""
+    return _switch() in {"compile", "compiled"}
+
+
+def _switch():
+    return os.environ.get(SWITCH, "").strip().lower()
 
 
 def arm():

@@ -67,9 +67,10 @@ def status() -> None:
     if reason is not None:
         click.echo(f"off: `merge_method: nuslerp` is not this plugin. {reason}")
         sys.exit(1)
+    loops = ", in compiled loops" if _hook.compiled() else ""
     click.echo(
         f"on: mergekit {answer['mergekit']} merges `merge_method: nuslerp` with "
-        f"mergekit-nuslerp {__version__} (torch {answer['torch']})."
+        f"mergekit-nuslerp {__version__} (torch {answer['torch']}){loops}."
     )
 
 

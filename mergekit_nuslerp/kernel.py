@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from mergekit_nuslerp import loops
 from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM, Magnitude, normalize_weights
 from mergekit_nuslerp.streaming import (
     Crew,
@@ -63,6 +64,7 @@ def nuslerp(
     granularity: str = "tensor",
     magnitude: Magnitude = "slerp",
     lambda_: float = 1.0,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Merge weights on a sphere instead of on a line.
 
@@ -86,6 +88,9 @@ def nuslerp(
             interpolated unit vectors to the vectors themselves, as mergekit does;
             `"linear"` and `"geometric"` take the weighted mean of the lengths.
         lambda_: scales the merged task vectors. Needs a base, unless 1.
+        compiled: merge contiguous tensors of a million elements or more in loops that
+            `torch.compile` makes: faster, but for seconds of compiling in a process.
+            Sums are in another order, so that a last digit may differ.
 
     Returns:
         A new tensor of the inputs' shape, in their promoted dtype. It is computed in
@@ -134,6 +139,7 @@ def nuslerp(
         granularity=granularity,
         magnitude=magnitude,
         lambda_=lambda_,
+        compiled=compiled,
     )
     if merged.linear.any():
         warnings.warn(
@@ -153,6 +159,7 @@ def merge_batch(
     granularity: str = "tensor",
     magnitude: Magnitude = "slerp",
     lambda_: float = 1.0,
+    compiled: bool = False,
 ) -> Merged:
     """`nuslerp` for a batch of weights of one shape, without its warnings.
 
@@ -163,6 +170,7 @@ def merge_batch(
         granularity: as in `nuslerp`.
         magnitude: as in `nuslerp`.
         lambda_: as in `nuslerp`.
+        compiled: as in `nuslerp`.
 
     Returns:
         The merged weights, in the inputs' promoted dtype, with how many of their
@@ -191,6 +199,7 @@ def merge_batch(
         weights=normalized,
         magnitude=magnitude,
         lambda_=lambda_,
+        compiled=compiled,
     )
     vectors = job.sizes[0] * job.sizes[2] // max(1, job.batch)
     if not prod(job.sizes):
@@ -253,7 +262,7 @@ def _merge(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in job.inputs):
         return _record(job)
     job = replace(job, inputs=tuple(tensor.detach() for tensor in job.inputs))
-    result, squares, linear = _stream(job, job.scratch_dtype)
+    result, squares, linear = _first(job)
     short = squares[:, 0] < _smallest_square(job.dtype, job.scratch_dtype)
     finite = squares.isfinite().all()
     # One look for all pieces: an accelerator has to be waited for.
@@ -263,19 +272,28 @@ def _merge(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
         _refuse_nonfinite(job)
     # Mostly this is a model that left vectors as they were, and all is well.
     if not finite or _has_tiny_vectors(job, short.tolist()):
-        result, squares, linear = _stream(job, job.wide_dtype, scaled=True)
+        result, squares, linear = _stream(Crew(job, job.wide_dtype), scaled=True)
         _refuse_overflow(squares)
     return result, linear
 
 
+def _first(job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_stream` in compiled loops where they are wanted and work, or else without."""
+    if job.compiled and loops.suits(job):
+        try:
+            return _stream(loops.CompiledCrew(job, job.scratch_dtype))
+        except loops.CompileError as error:
+            loops.give_up(error)
+    return _stream(Crew(job, job.scratch_dtype))
+
+
 def _stream(
-    job: Job, dtype: torch.dtype, *, scaled: bool = False
+    crew: Crew, *, scaled: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take a job through the steps in scratch.
+    """Take a job through the steps.
 
     Args:
-        job: what to merge.
-        dtype: of the scratch.
+        crew: who does it.
         scaled: divide each vector by the power of two of its largest element before
             taking squares. Angles stay, overflow and underflow go.
 
@@ -283,15 +301,17 @@ def _stream(
         The result in the job's view, `(groups, 2)` the smallest and the largest squared
         length of a vector in each group, and `(batch,)` the vectors merged linearly.
     """
+    job, squares = crew.job, []
     result = torch.empty(job.sizes, dtype=job.dtype, device=job.device)
-    squares = []
     linear = torch.zeros(job.sizes[0], dtype=torch.int64, device=job.device)
-    with Crew(job, dtype) as crew:
+    with crew:
         for group in crew.groups():
             scale = _scale(crew.peaks(group)) if scaled else None
             gram = crew.gram(group, scale)
             values, unique = crew.means(group, gram, scale)
-            crew.write(group, values.to(dtype), result[group.outer, :, group.inner])
+            crew.write(
+                group, values.to(crew.dtype), result[group.outer, :, group.inner]
+            )
             lengths = gram.diagonal(dim1=-2, dim2=-1)
             squares.append(torch.stack(lengths.aminmax()))
             linear[group.outer] += (~unique).sum(-1)

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import mergekit_nuslerp
+from mergekit_nuslerp import _hook
 
 LOG = logging.getLogger(mergekit_nuslerp.__name__)
 
@@ -76,7 +77,8 @@ def announce() -> None:
     mergekit shows nothing below WARNING, and which code made a model must be seen.
     """
     LOG.warning(
-        "mergekit-nuslerp %s merges here in place of mergekit's own nuslerp "
+        "mergekit-nuslerp %s merges here in place of mergekit's own nuslerp%s "
         "(MERGEKIT_NUSLERP=0 switches it off)",
         mergekit_nuslerp.__version__,
+        ", in compiled loops" if _hook.compiled() else "",
     )

@@ -58,6 +58,9 @@ _SHORTEST_BLOCK = 128
 # as many elements, so that adding up the strips' sums costs little.
 _STRIP_LENGTH = 16
 
+# Longer strips are of a multiple of this, so that loops over them come out even.
+_ROUND_LENGTH = 128
+
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -78,6 +81,7 @@ class Job:
     magnitude: Magnitude = "slerp"
     lambda_: float = 1.0
     measures_base: bool = False  # whether Gram matrices are to hold the base, too
+    compiled: bool = False  # whether compiled loops are wanted
 
     @classmethod
     def of(
@@ -240,6 +244,8 @@ def _steps(sizes: Sequence[int], chunk: int) -> tuple[int, int, int, int]:
     strip = min(length, _STRIP_LENGTH)
     columns = min(inner, max(1, chunk // (run * strip)))
     rows = min(length, max(1, chunk // (run * columns)))
+    if _ROUND_LENGTH < rows < length:
+        rows -= rows % _ROUND_LENGTH
     whole = rows == length and run == width
     vectors = min(outer, max(1, chunk // (rows * columns * run))) if whole else 1
     return vectors, rows, columns, run
@@ -342,14 +348,9 @@ class Worker:
         if scales is not None:
             vectors = [vector * scale for vector, scale in zip(vectors, scales)]
 
-        pairs = list(combinations_with_replacement(range(len(vectors)), 2))
-        found = {
-            (i, j): torch.mul(vectors[i], vectors[j], out=room).sum((1, 3))
-            for i, j in pairs
-        }
-        order = product(range(len(vectors)), repeat=2)
-        entries = torch.stack([found[min(ij), max(ij)] for ij in order], dim=-1)
-        return entries.to(self.job.wide_dtype).unflatten(-1, (len(vectors), -1))
+        pairs = combinations_with_replacement(vectors, 2)
+        found = [torch.mul(v, w, out=room).sum((1, 3)) for v, w in pairs]
+        return symmetric(found, len(vectors)).to(self.job.wide_dtype)
 
     def can_multiply(self, shape: torch.Size) -> bool:
         """Whether `multiplied` is as exact as sums of products, and faster."""
@@ -415,6 +416,15 @@ def over_elements(values: torch.Tensor) -> Sequence[torch.Tensor]:
     return values.movedim(-1, 0).contiguous()[:, :, None, :, None].unbind()
 
 
+def symmetric(entries: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """Matrices `(..., size, size)` from their upper triangles, `(...)` each entry."""
+    pairs = combinations_with_replacement(range(size), 2)
+    known = dict(zip(pairs, entries))
+    order = product(range(size), repeat=2)
+    whole = torch.stack([known[min(ij), max(ij)] for ij in order], dim=-1)
+    return whole.unflatten(-1, (size, size))
+
+
 def _block(outer: int, length: int) -> int:
     """Length of the blocks that vectors are multiplied in, without a rest if many."""
     if length <= 2 * _BLOCK_LENGTH:
@@ -464,28 +474,36 @@ class Crew:
     keeps one of the threads waiting. Instead, each worker runs whole pieces alone.
     """
 
+    # Whether to write the pieces first that were read last and are still held.
+    backwards = True
+
     def __init__(self, job: Job, dtype: torch.dtype):
-        elements, on_cpu = prod(job.sizes), job.device.type == "cpu"
-        room = _SCRATCH_BYTES_CPU if on_cpu else _SCRATCH_BYTES_ACCELERATOR
-        chunk = max(1, room // (job.scratch_rows * dtype.itemsize))
-        self.chunk = min(chunk, elements)
+        self.job, self.dtype = job, dtype
         self.threads = torch.get_num_threads()
-        count = min(self.threads, _MAX_THREADS, ceil(elements / chunk)) if on_cpu else 1
-        size = job.scratch_rows * self.chunk * dtype.itemsize
-        self.blocks = [_scratch(size, job.device) for _ in range(count)]
-        shape = (job.scratch_rows, self.chunk)
-        rows = [block[:size].view(dtype).view(shape) for block in self.blocks]
-        self.job = job
-        self.workers = [Worker(job, dtype, each) for each in rows]
-        self.alone = on_cpu and count == 1 and job.models > 2
+        self.blocks: list[torch.Tensor] = []  # of scratch, one a worker
+        self.chunk, self.workers = self.staff(dtype)
         self.modes = ExitStack()  # to leave in the end
         self.pool: ThreadPoolExecutor | None = None
         # A mode of the calling thread, which its workers have to be given.
         self.inference = torch.is_inference_mode_enabled()
 
+    def staff(self, dtype: torch.dtype) -> tuple[int, list[Worker]]:
+        """Elements of a piece, and workers with scratch for pieces."""
+        job, elements = self.job, prod(self.job.sizes)
+        on_cpu = job.device.type == "cpu"
+        room = _SCRATCH_BYTES_CPU if on_cpu else _SCRATCH_BYTES_ACCELERATOR
+        chunk = max(1, room // (job.scratch_rows * dtype.itemsize))
+        count = min(self.threads, _MAX_THREADS, ceil(elements / chunk)) if on_cpu else 1
+        chunk = min(chunk, elements)
+        size = job.scratch_rows * chunk * dtype.itemsize
+        self.blocks = [_scratch(size, job.device) for _ in range(count)]
+        shape = (job.scratch_rows, chunk)
+        rows = [block[:size].view(dtype).view(shape) for block in self.blocks]
+        return chunk, [Worker(job, dtype, each) for each in rows]
+
     def __enter__(self) -> Crew:
         count = len(self.workers)
-        if self.alone:
+        if count == 1 and self.job.models > 2 and self.job.device.type == "cpu":
             self.modes.enter_context(one_thread())
         if count > 1:
             self.pool = ThreadPoolExecutor(count, "nuslerp")
@@ -505,7 +523,7 @@ class Crew:
         self.modes.close()
         if self.pool is not None:
             self.pool.shutdown()
-        if self.blocks[0].device.type == "cpu":
+        if self.job.device.type == "cpu":
             _SPARE.extend(b for b in self.blocks if b.nbytes <= _SCRATCH_BYTES_CPU)
             del _SPARE[_MAX_THREADS:]
 
@@ -584,7 +602,9 @@ class Crew:
             scale: `(outer, inner, models)`, what to multiply the vectors by.
         """
         if scale is None:
-            return self.gathered(group, Worker.gram, group.pieces, torch.add)
+            return self.gathered(
+                group, lambda worker, piece: worker.gram(piece), group.pieces, torch.add
+            )
         pairs = list(zip(group.pieces, group.factors(scale)))
         return self.gathered(
             group, lambda worker, pair: worker.gram(*pair), pairs, torch.add
@@ -612,5 +632,6 @@ class Crew:
             result: in the same view as the inputs.
         """
         items = list(zip(group.pieces, group.factors(factors), group.cut(result)))
-        # Backwards: the pieces that were read last are still held.
-        self.share(lambda worker, item: worker.write(*item), items[::-1])
+        if self.backwards:
+            items.reverse()
+        self.share(lambda worker, item: worker.write(*item), items)

@@ -284,6 +284,15 @@ def test_status_says_on():
     result = CliRunner().invoke(cli.main, ["status"])
     assert result.exit_code == 0, result.output
     assert result.output.startswith("on: mergekit")
+    assert "compiled" not in result.output
+
+
+def test_status_says_compiled():
+    result = CliRunner().invoke(
+        cli.main, ["status"], env={"MERGEKIT_NUSLERP": "compile"}
+    )
+    assert result.exit_code == 0, result.output
+    assert "in compiled loops" in result.output
 
 
 @pytest.mark.parametrize(
