@@ -190,7 +190,8 @@ def _call(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of many kinds, as many programs take part in it
-        raise CompileError(str(error).strip().partition("\n")[0]) from error
+        first_line = str(error).strip().partition("\n")[0]
+        raise CompileError(f"{type(error).__name__}: {first_line}") from error
 
 
 @cache
