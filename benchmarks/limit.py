@@ -16,12 +16,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
 from benchmarks.cases import GRANULARITIES, WEIGHTS, Case, cases
 from benchmarks.speed import interleaved, median_ratio, medians
 from mergekit_nuslerp.geometry import mean_coefficients
+from mergekit_nuslerp.streaming import task_vectors
 
 # Elements, or rows, whose products are added up before float64 takes over.
 RUN = 4096
@@ -37,19 +39,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def task_vectors(
-    a: torch.Tensor, b: torch.Tensor, base: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = wide(a.dtype)
-    a, b = a.to(dtype), b.to(dtype)
-    return (a, b) if base is None else (a - base.to(dtype), b - base.to(dtype))
-
-
 def inner_products(
     granularity: str, a: torch.Tensor, b: torch.Tensor, base: torch.Tensor | None
 ) -> torch.Tensor:
     """`(..., 3)` in float64: aa, ab and bb of each vector."""
-    x, y = task_vectors(a, b, base)
+    (x, y), _ = task_vectors([a, b], base, wide(a.dtype))
     sums = []
     for products in (x * x, x * y, y * y):
         if granularity == "tensor":
@@ -72,9 +66,9 @@ def combine(
     """With coefficients `(2, ...)`."""
     if granularity == "row":
         coefficients = coefficients.unsqueeze(-1)
-    x, y = task_vectors(a, b, base)
+    (x, y), start = task_vectors([a, b], base, wide(a.dtype))
     result = coefficients[0] * x + coefficients[1] * y
-    return (result if base is None else result + base.to(x.dtype)).to(a.dtype)
+    return (result if start is None else result + start).to(a.dtype)
 
 
 class Fused:
@@ -126,16 +120,11 @@ class Fused:
 @contextmanager
 def fresh_compiler() -> Iterator[None]:
     """Nothing compiled before is taken, as compiling is timed, and nothing is left."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ[name] = directory
-        try:
-            yield
-        finally:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": directory}),
+    ):
+        yield
 
 
 def bandwidths(runs: int, size: int = 2**30) -> list[float]:

@@ -19,7 +19,15 @@ from typing import Any
 
 import torch
 
-from mergekit_nuslerp.streaming import Crew, Job, Piece, Worker, one_thread, symmetric
+from mergekit_nuslerp.streaming import (
+    Crew,
+    Job,
+    Piece,
+    Worker,
+    one_thread,
+    symmetric,
+    task_vectors,
+)
 
 # Elements of a weight that outlast the start of a loop, and those of a piece, which
 # bound its sums.
@@ -124,13 +132,6 @@ class CompiledWorker(Worker):
             ]
             _call(_combination, *self.split(parts), self.dtype, each, room)
 
-    def split(
-        self, parts: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """The models' parts, and that of the base."""
-        models = self.job.models
-        return list(parts[:models]), parts[models] if len(parts) > models else None
-
 
 def _sizes(piece: torch.Tensor) -> tuple[int, int, int, int]:
     """Sizes of a view, where vectors along memory have all elements in their length."""
@@ -202,13 +203,6 @@ def _compiled(loop: Callable[..., Any], _kind: Hashable) -> Callable[..., Any]:
     return torch.compile(copy, dynamic=True, fullgraph=True)
 
 
-def _task_vectors(
-    parts: Sequence[torch.Tensor], base: torch.Tensor | None, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    wide = [part.to(dtype) for part in parts]
-    return wide if base is None else [part - base.to(dtype) for part in wide]
-
-
 def _products(
     parts: Sequence[torch.Tensor],
     base: torch.Tensor | None,
@@ -216,7 +210,7 @@ def _products(
     wide_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Inner products over each run, `(runs, pairs)` or `(runs, columns, pairs)`."""
-    vectors = _task_vectors(parts, base, dtype)
+    vectors, _ = task_vectors(parts, base, dtype)
     sums = [(v * w).sum(1) for i, v in enumerate(vectors) for w in vectors[i:]]
     return torch.stack(sums, -1).to(wide_dtype)
 
@@ -229,7 +223,8 @@ def _combination(
     result: torch.Tensor,
 ) -> None:
     """The base + sum of c_i v_i, rounded into the result."""
-    total: Any = 0 if base is None else base.to(dtype)
-    for vector, factor in zip(_task_vectors(parts, base, dtype), factors):
+    vectors, start = task_vectors(parts, base, dtype)
+    total: Any = 0 if start is None else start
+    for vector, factor in zip(vectors, factors):
         total = total + vector * factor
     result.copy_(total)

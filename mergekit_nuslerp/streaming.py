@@ -300,17 +300,20 @@ class Worker:
             self.known[shape] = _Rooms(self.job, self.rows, shape)
         return self.known[shape]
 
+    def split(
+        self, parts: Sequence[torch.Tensor]
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+        """The models' parts, and that of the base."""
+        models = self.job.models
+        return parts[:models], parts[models] if len(parts) > models else None
+
     def read(self, piece: Piece) -> None:
         """Hold the models' vectors in one piece, and the base that they start from."""
         if self.held is piece:
             return
         self.held, models = piece, self.job.models
         if self.rows is None:
-            wide = [part.to(self.dtype) for part in piece]
-            self.base = wide[models] if len(wide) > models else None
-            self.vectors = [
-                w if self.base is None else w - self.base for w in wide[:models]
-            ]
+            self.vectors, self.base = task_vectors(*self.split(piece), self.dtype)
         else:
             rooms = self.rooms(piece[0].shape)
             self.base = rooms.each[models] if len(piece) > models else None
@@ -408,6 +411,17 @@ class Worker:
         for part, factor in zip(piece[1:-1], factors[1:-1]):
             torch.addcmul(total, part, factor, out=room)
         torch.addcmul(total, piece[-1], factors[-1], out=result)
+
+
+def task_vectors(
+    parts: Sequence[torch.Tensor], base: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The vectors to merge, and the base that they start from, in a wider dtype."""
+    wide = [part.to(dtype) for part in parts]
+    if base is None:
+        return wide, None
+    base = base.to(dtype)
+    return [part - base for part in wide], base
 
 
 def over_elements(values: torch.Tensor) -> Sequence[torch.Tensor]:
