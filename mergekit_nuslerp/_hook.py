@@ -15,15 +15,26 @@ import sys
 REGISTRY = "mergekit.merge_methods.registry"
 SWITCH = "MERGEKIT_NUSLERP"
 
+_OFF = ("0", "false", "off", "no")
+_ON = ("", "1", "true", "on", "yes")
+_COMPILED = ("compile", "compiled")
+
 
 def switched_off():
     """Whether the user wants mergekit's own method."""
-    return _switch() in {"0", "false", "off", "no"}
+    return _switch() in _OFF
 
 
 def compiled():
     """Whether the user wants compiled loops."""
-    return _switch() in {"compile", "compiled"}
+    return _switch() in _COMPILED
+
+
+def misspelt():
+    """What to say about a value of the switch that means nothing, or nothing."""
+    if _switch() in (*_OFF, *_ON, *_COMPILED):
+        return ""
+    return f"{SWITCH}={os.environ[SWITCH]} has no effect; it may be 0, 1 or compile"
 
 
 def _switch():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_nuslerp import __version__, _hook, register
+from mergekit_nuslerp import __version__, _hook, plugin, register
 
 if TYPE_CHECKING:
     from mergekit_nuslerp.inspection import Inspection
@@ -67,6 +67,8 @@ def status() -> None:
     if reason is not None:
         click.echo(f"off: `merge_method: nuslerp` is not this plugin. {reason}")
         sys.exit(1)
+    if _hook.misspelt():
+        click.echo(f"warning: {_hook.misspelt()}.", err=True)
     loops = ", in compiled loops" if _hook.compiled() else ""
     click.echo(
         f"on: mergekit {answer['mergekit']} merges `merge_method: nuslerp` with "
@@ -95,8 +97,8 @@ def why_not(answer: dict[str, Any]) -> str | None:
     if (major, minor) < (2, 5):
         return f"torch {answer['torch']} starts no plugins: install 2.5 or newer."
     return (
-        f"It does not know mergekit {answer['mergekit']} (it knows 0.1.4 and 0.1.5), "
-        "or its installation is damaged."
+        f"It does not know mergekit {answer['mergekit']} (it knows "
+        f"{' and '.join(plugin.ADAPTERS)}), or its installation is damaged."
     )
 
 

@@ -89,7 +89,7 @@ def _blocks(size: int, block: int, kind: str) -> int:
         near = [below, *(n for n in divisors if n > block)][:2]
         raise ValueError(
             f"granularity '{kind}:{block}' does not divide {size} {kind}s into equal "
-            f"blocks; {' or '.join(f'{kind}:{n}' for n in near)} would"
+            f"blocks. Write {' or '.join(f'{kind}:{n}' for n in near)}"
         )
     return size // block
 

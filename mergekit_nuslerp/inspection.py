@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from itertools import combinations
 from typing import Any
 
@@ -113,7 +114,7 @@ class TensorGeometry(BaseModel):
     )
     length: float | None = Field(
         description="length of the merged (task) vector, without lambda, over the "
-        "weighted mean of the parts' norms; null where that is zero"
+        "weighted mean of the parts' norms; null where that is not above zero"
     )
 
 
@@ -163,6 +164,7 @@ def inspect(
             "to see these models' geometry"
         )
     register()
+    config = config.model_copy(deep=True)  # mergekit rewrites it while it plans
     options = options or MergeOptions()
     models = config.referenced_models()  # in any order
     loaders = LoaderCache()
@@ -170,6 +172,12 @@ def inspect(
     for model in models:
         _check_files(loaders, model)
     architecture = get_architecture_info(config, options)
+    for module in config.modules or ():
+        if module not in architecture.modules:
+            raise ConfigError(
+                f"there is no module {module!r} in these models. Theirs are "
+                f"{', '.join(architecture.modules)}"
+            )
     planner = MergePlanner(
         config,
         architecture,
@@ -292,9 +300,8 @@ def _described(
     grams: torch.Tensor,
 ) -> TensorGeometry:
     """What Gram matrices say about a tensor's merge."""
-    dtype = inputs[0].dtype
-    for tensor in inputs if base is None else (*inputs, base):
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    given = inputs if base is None else [*inputs, base]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
     count = len(models)
     grams = grams.cpu()
     base_norm = None if base is None else float(grams[:, -1, -1].sum().sqrt())
@@ -314,8 +321,7 @@ def _described(
     linear = _length(weights.expand_as(coefficients), grams)
     departure = _length(coefficients - weights, grams)
     mean_norm = float((weights * norms).sum())
-    name = re.fullmatch(r"(.*?)(?:\.weight)?", planned.name)
-    stem = name[1] if name else planned.name
+    stem = planned.name.removesuffix(".weight")
     layer = re.search(r"\.(\d+)\.", stem)
     return TensorGeometry(
         name=planned.name,
@@ -346,7 +352,7 @@ def _described(
         base_norm=base_norm,
         linear=int((~unique).sum()),
         departure=_ratio(departure, linear),
-        length=_ratio(_length(coefficients, grams), mean_norm),
+        length=_ratio(_length(coefficients, grams), max(mean_norm, 0)),
     )
 
 
@@ -371,8 +377,7 @@ def _pair(
     present = (lengths[:, first] > 0) & (lengths[:, second] > 0)
     products = lengths[:, first] * lengths[:, second]
     cosines = (grams[:, first, second] / products)[present].clamp(-1, 1)
-    # Not the arc cosine, which would lose the digits of small angles.
-    angles = torch.atan2(((1 - cosines) * (1 + cosines)).sqrt(), cosines).numpy()
+    angles = cosines.acos().numpy()
     return Pair(
         first=str(models[first]),
         second=str(models[second]),

@@ -86,7 +86,8 @@ def nuslerp(
             than two dimensions is one vector.
         magnitude: length of the result. `"slerp"` applies the coefficients of the
             interpolated unit vectors to the vectors themselves, as mergekit does;
-            `"linear"` and `"geometric"` take the weighted mean of the lengths.
+            `"linear"` and `"geometric"` take the weighted mean of the lengths. Beyond
+            the ends the linear one may be below zero; the result is then zero long.
         lambda_: scales the merged task vectors. Needs a base, unless 1.
         compiled: merge contiguous tensors of a million elements or more in loops that
             `torch.compile` makes: faster, but for seconds of compiling in a process.
@@ -104,7 +105,8 @@ def nuslerp(
             does not divide the shape, an unknown magnitude, lambda without a base.
         TypeError: integer, boolean or complex tensors.
         NonFiniteError: NaN or infinity in an input.
-        OverflowError: task vectors beyond the range of float64.
+        OverflowError: task vectors beyond the range of float64, or lengths, where the
+            magnitude depends on them.
 
     Warns:
         RuntimeWarning: weights that sum to zero, or vectors without a unique mean
@@ -134,7 +136,7 @@ def nuslerp(
         )
     merged = merge_batch(
         [tensor.unsqueeze(0) for tensor in tensors],
-        torch.tensor([list(weights)], dtype=torch.float64),
+        torch.tensor([list(weights)], dtype=torch.float64, device="cpu"),
         base=None if base is None else base.unsqueeze(0),
         granularity=granularity,
         magnitude=magnitude,
@@ -204,8 +206,9 @@ def merge_batch(
     vectors = job.sizes[0] * job.sizes[2] // max(1, job.batch)
     if not prod(job.sizes):
         result = tensors[0].to(job.dtype, copy=True)
-        return Merged(result, vectors, torch.zeros(job.batch, dtype=torch.int64))
-    result, linear = _merge(job)
+        return Merged(result, vectors, result.new_zeros(job.batch, dtype=torch.int64))
+    with torch.autocast(job.device.type, enabled=False):  # it rounds matrix products
+        result, linear = _merge(job)
     inverse = sorted(range(len(job.order)), key=job.order.__getitem__)
     shape = [tensors[0].shape[dim] for dim in job.order]
     return Merged(result.reshape(shape).permute(inverse), vectors, linear)
@@ -243,7 +246,10 @@ def gram_matrices(
     grams = torch.zeros(shape, dtype=job.wide_dtype, device=job.device)
     if not prod(job.sizes):
         return grams.flatten(0, 1)
-    with Crew(job, job.wide_dtype) as crew:
+    with (
+        torch.autocast(job.device.type, enabled=False),
+        Crew(job, job.wide_dtype) as crew,
+    ):
         for group in crew.groups():
             grams[group.outer, group.inner] = crew.gram(group)
     if not grams.isfinite().all():
@@ -309,6 +315,8 @@ def _stream(
             scale = _scale(crew.peaks(group)) if scaled else None
             gram = crew.gram(group, scale)
             values, unique = crew.means(group, gram, scale)
+            if scaled:
+                _refuse_overflow(values)
             crew.write(
                 group, values.to(crew.dtype), result[group.outer, :, group.inner]
             )
@@ -330,6 +338,7 @@ def _record(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
         _refuse_overflow(gram)
     with one_thread():
         factors, unique = job.coefficients(gram, job.vector_weights, scale)
+    _refuse_overflow(factors)
     result = worker.combine(piece, over_elements(factors)).to(job.dtype)
     return result, (~unique).sum(-1).view(job.batch, -1).sum(-1)
 
@@ -375,6 +384,6 @@ def _refuse_nonfinite(job: Job) -> None:
                     raise NonFiniteError(output, None if index == job.models else index)
 
 
-def _refuse_overflow(squares: torch.Tensor) -> None:
-    if not squares.isfinite().all():
-        raise OverflowError("a task vector is beyond the range of float64")
+def _refuse_overflow(found: torch.Tensor) -> None:
+    if not found.isfinite().all():
+        raise OverflowError("a vector, or its length, is beyond the range of float64")

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     AfterValidator,
@@ -72,7 +72,7 @@ class _Named(BaseModel):
     )
     nuslerp_magnitude: Magnitude = Field(
         default="slerp",
-        description="one of slerp, linear, geometric",
+        description=f"one of {', '.join(get_args(Magnitude))}",
         examples=["`nuslerp_magnitude: linear` under `parameters`"],
     )
 
@@ -193,8 +193,8 @@ def check_together(
             granularity.vector_view((1, *shape), chosen)
         except ValueError as error:
             raise ConfigError(
-                f"nuslerp: {error}{where} of shape {tuple(shape)}. Give weights that "
-                "it does not fit another granularity with a filter."
+                f"nuslerp: {_called(tensor)} has the shape {tuple(shape)}: {error}, or "
+                "give weights that it does not fit another granularity with a filter."
             ) from None
     scale = shared.get("lambda", 1.0)
     if not has_base and scale != 1:
@@ -222,9 +222,9 @@ def check_together(
 def _warn_of_zero_sum(weights: tuple[float, ...], tensor: str | None) -> None:
     """Say that weights cannot be normalised, once for a tensor."""
     LOG.warning(
-        "nuslerp: the weights of tensor %s, %s, sum to zero; the models are weighted "
+        "nuslerp: the weights of %s, %s, sum to zero; the models are weighted "
         "equally instead",
-        tensor,
+        _called(tensor),
         weights,
     )
 
@@ -233,11 +233,11 @@ def warn_of_linear(linear: int, vectors: int, tensor: str | None) -> None:
     """Say how many vectors of a tensor have been merged linearly."""
     if linear:
         LOG.warning(
-            "nuslerp: %d of %d vectors of tensor %s have no unique spherical mean "
-            "(they are opposite, or cancel); they are merged linearly instead",
+            "nuslerp: %d of %d vectors of %s have no unique spherical mean (they are "
+            "opposite, or cancel); they are merged linearly instead",
             linear,
             vectors,
-            tensor,
+            _called(tensor),
         )
 
 
@@ -261,7 +261,13 @@ def check_names(config: BaseModel) -> None:
                 f"{', '.join(FIELDS)}."
             )
         if near:
-            LOG.warning("nuslerp: parameter %r has no effect.%s", name, hint)
+            _warn_of_no_effect(name, hint)
+
+
+@cache
+def _warn_of_no_effect(name: str, hint: str) -> None:
+    """Say that a parameter is ignored, once, although each tensor's planning asks."""
+    LOG.warning("nuslerp: parameter %r has no effect.%s", name, hint)
 
 
 def parameter_names(node: Any) -> Iterator[str]:
@@ -338,9 +344,12 @@ def check_models(
 
 def nonfinite(tensor: str | None, model: Hashable, *, is_base: bool) -> str:
     """The message about an input that cannot be merged."""
-    name = "a tensor" if tensor is None else f"tensor {tensor}"
     owner = f"the base model {model}" if is_base else f"model {model}"
     return (
-        f"nuslerp: {name} of {owner} contains NaN or infinity. "
+        f"nuslerp: {_called(tensor)} of {owner} contains NaN or infinity. "
         "The checkpoint is damaged or its training diverged; use another one."
     )
+
+
+def _called(tensor: str | None) -> str:
+    return f"tensor {tensor}" if tensor else "a tensor"

@@ -19,7 +19,7 @@ from mergekit_nuslerp import _hook
 LOG = logging.getLogger(mergekit_nuslerp.__name__)
 
 # For each mergekit that is known: the adapter, and the dict in its registry.
-_ADAPTERS = {
+ADAPTERS = {
     "0.1.5": ("batch", "_METHODS"),
     "0.1.4": ("task", "REGISTERED_MERGE_METHODS"),
 }
@@ -44,7 +44,7 @@ def install(registry: ModuleType) -> None:
             "place; it knows %s",
             mergekit_nuslerp.__version__,
             mergekit_version(),
-            " and ".join(_ADAPTERS),
+            " and ".join(ADAPTERS),
         )
         return
     if not type(methods["nuslerp"]).__module__.startswith(_PACKAGE):
@@ -59,7 +59,7 @@ def adapter() -> ModuleType:
 
 def _known() -> tuple[str, str]:
     release = re.match(r"\d+\.\d+\.\d+", mergekit_version())
-    return _ADAPTERS.get(release[0] if release else "", ("", ""))
+    return ADAPTERS.get(release[0] if release else "", ("", ""))
 
 
 @cache
@@ -82,3 +82,5 @@ def announce() -> None:
         mergekit_nuslerp.__version__,
         ", in compiled loops" if _hook.compiled() else "",
     )
+    if _hook.misspelt():
+        LOG.warning("mergekit-nuslerp: %s", _hook.misspelt())

@@ -403,6 +403,8 @@ def _warn_of_ratio(inspection: Inspection, names: Mapping[str, str]) -> Iterator
     if not affected:
         return
     worst = max(affected, key=lambda tensor: tensor.norm_ratio or 0)
+    # Beyond the models the mean of the lengths may be next to nothing.
+    between = all(tensor.t is None or 0 <= tensor.t <= 1 for tensor in affected)
     short, *_, long = sorted(worst.parts, key=lambda part: part.norm)
     turned = _turned(worst)
     example = ""
@@ -417,7 +419,7 @@ def _warn_of_ratio(inspection: Inspection, names: Mapping[str, str]) -> Iterator
         f"{_name(worst)}, {names[long.model]}'s {_figure(worst.norm_ratio)} times as "
         f"long as {names[short.model]}'s. Magnitude slerp turns further towards the "
         f"longer one than the weights say.{example}"
-        + _remedy(inspection, "turns as far as they say")
+        + (_remedy(inspection, "turns as far as they say") if between else "")
     )
 
 
@@ -442,6 +444,18 @@ def _warn_of_outside(inspection: Inspection, names: Mapping[str, str]) -> Iterat
             f"t = {_range(t.t for t in outside if t.t is not None)} (0 is "
             f"{names[inspection.models[0]]}, 1 is {names[inspection.models[1]]}). It "
             "extrapolates."
+        )
+    short = [
+        tensor
+        for tensor in outside
+        if tensor.magnitude == "linear"
+        and sum(part.weight * part.norm for part in tensor.parts) <= 0
+    ]
+    if short:
+        left = "the base" if inspection.base is not None else "zeros"
+        yield (
+            f"in {_listed(short)} the weighted mean of the lengths is not above zero. "
+            f"Magnitude linear leaves {left} there."
         )
 
 

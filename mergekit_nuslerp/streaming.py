@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import combinations_with_replacement, product
 from math import ceil, gcd, prod
-from threading import Barrier
+from threading import Barrier, Lock
 from typing import Any, TypeVar
 
 import torch
@@ -60,6 +60,11 @@ _STRIP_LENGTH = 16
 
 # Longer strips are of a multiple of this, so that loops over them come out even.
 _ROUND_LENGTH = 128
+
+# How many threads PyTorch had before it was kept to one, for each merge that does so.
+# What one thread sets, others start with: they must neither see nor restore it.
+_LOWERED: list[int] = []
+_SETTING = Lock()
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -394,17 +399,18 @@ class Worker:
         self, piece: Piece, factors: Sequence[torch.Tensor], result: torch.Tensor
     ) -> None:
         """Combine a piece, and round it into its part of the result."""
-        if self.mixes and self.held is not piece:
+        has_base = len(piece) > self.job.models
+        if self.mixes and self.held is not piece and not has_base:
             self.blend(piece, factors, result)
         else:
+            # With a base, task vectors come first. Taking its share off in the end
+            # would all but cancel where coefficients are large, as lengths differ.
             result.copy_(self.combine(piece, factors))
 
     def blend(
         self, piece: Piece, factors: Sequence[torch.Tensor], result: torch.Tensor
     ) -> None:
-        """Step 3 straight from the inputs: (1 - sum of c_i) base + sum of c_i t_i."""
-        if len(piece) > self.job.models:
-            factors = [*factors, 1 - torch.stack(list(factors)).sum(0)]
+        """Step 3 straight from the inputs, without a base: the sum of c_i v_i."""
         room = self.rooms(piece[0].shape).each[0]
         self.held = None  # overwritten now
         total = torch.mul(piece[0], factors[0], out=room)
@@ -454,18 +460,26 @@ def _multiplies_exactly() -> bool:
         return False
 
 
+def num_threads() -> int:
+    """PyTorch's threads, whatever merges in other threads have lowered them to."""
+    with _SETTING:
+        return _LOWERED[0] if _LOWERED else torch.get_num_threads()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keep PyTorch from splitting operations, as for many small systems of equations.
 
     In several threads these take a hundred times as long where a machine is busy.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _SETTING:
+        _LOWERED.append(_LOWERED[0] if _LOWERED else torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _SETTING:
+            torch.set_num_threads(_LOWERED.pop())
 
 
 def _scratch(size: int, device: torch.device) -> torch.Tensor:
@@ -477,7 +491,8 @@ def _scratch(size: int, device: torch.device) -> torch.Tensor:
         if block.nbytes >= size:
             return block
     with torch.inference_mode(False):  # later merges may run outside of that mode
-        return torch.empty(max(size, _SCRATCH_BYTES_CPU), dtype=torch.uint8)
+        size = max(size, _SCRATCH_BYTES_CPU)
+        return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 class Crew:
@@ -493,7 +508,7 @@ class Crew:
 
     def __init__(self, job: Job, dtype: torch.dtype):
         self.job, self.dtype = job, dtype
-        self.threads = torch.get_num_threads()
+        self.threads = num_threads()
         self.blocks: list[torch.Tensor] = []  # of scratch, one a worker
         self.chunk, self.workers = self.staff(dtype)
         self.modes = ExitStack()  # to leave in the end
@@ -528,9 +543,9 @@ class Crew:
                 torch.set_num_threads(1)
                 met.wait()  # so that each of the threads comes here
 
-            list(self.pool.map(settle, self.workers))
-            # What a thread sets for itself is also what later threads start with.
-            torch.set_num_threads(self.threads)
+            with _SETTING:
+                list(self.pool.map(settle, self.workers))
+                torch.set_num_threads(self.threads)  # for this one, and later ones
         return self
 
     def __exit__(self, *_: object) -> None:

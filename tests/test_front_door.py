@@ -81,6 +81,7 @@ def test_mergekit_pytorch(checkpoints, models, tmp_path):
     for name, tensors in zip(("base", "sft", "kd"), models):
         save_file(tensors, tmp_path / f"{name}.safetensors")
     config = {**CONFIG, "base_model": "./base.safetensors"}
+    config["parameters"] = {"lamda": 0.5}
     config["models"] = [
         {**entry, "model": f"{entry['model']}.safetensors"}
         for entry in CONFIG["models"]
@@ -89,6 +90,7 @@ def test_mergekit_pytorch(checkpoints, models, tmp_path):
     done = run_command(command("mergekit-pytorch"), "config.yaml", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.announcements == 1
+    assert "parameter 'lamda' has no effect" in done.stderr
     assert_is_our_merge(load_tensors(tmp_path / "out"), models)
 
 
@@ -230,7 +232,7 @@ def test_mistakes_of_direct_callers():
     with pytest.raises(parameters.ConfigError, match="'lambda' is 0"):
         merge_tensors([a, b], "nuslerp", parameters={"weight": 1.0, "lambda": 0.5})
     blocks = {"weight": 1.0, "nuslerp_granularity": "row:2"}
-    with pytest.raises(parameters.ConfigError, match=r"3 rows .*; row:1 or row:3"):
+    with pytest.raises(parameters.ConfigError, match=r"3 rows .* Write row:1 or row:3"):
         merge_tensors(
             [torch.ones(3, 3), torch.ones(3, 3)], "nuslerp", parameters=blocks
         )

@@ -542,6 +542,26 @@ def test_extrapolation_is_said(small: Path) -> None:
     config = config_of({"sft": -0.3, "kd": 1.3}, "base")
     _, text = shown(config, small)
     assert re.search(r"beyond the models, at t = 1\.3 \(0 is sft, 1 is kd\)", text)
+    assert "turns as far" not in text
+
+
+@only_names
+def test_a_mean_length_below_zero(small: Path, tmp_path: Path) -> None:
+    altered(small, tmp_path, lambda _, weight: weight + torch.randn_like(weight))
+    config = config_of({"sft": 1.9, "kd": -0.9}, "base", nuslerp_magnitude="linear")
+    found, text = shown(config, tmp_path)
+    assert all(tensor.length is None for tensor in found.tensors)
+    assert "is not above zero. Magnitude linear leaves the base there." in text
+
+
+def test_the_config_stays_as_it_is(small: Path) -> None:
+    config = MergeConfiguration.model_validate(
+        config_of({"sft": 0.3, "kd": 0.7}, "base")
+    )
+    before = config.model_dump()
+    with working_directory(small):
+        inspection.inspect(config)
+    assert config.model_dump() == before
 
 
 def test_models_that_are_the_same(small: Path, tmp_path: Path) -> None:
@@ -665,6 +685,17 @@ def assert_refused(done: Any, message: str) -> None:
 
 CONFIG = yaml.safe_dump(config_of({"sft": 0.3, "kd": 0.7}, "base"))
 
+SOURCES = [
+    {**model, "layer_range": [0, 1]}
+    for model in config_of({"sft": 0.3, "kd": 0.7}, None)["models"]
+]
+MODULES = yaml.safe_dump(
+    {
+        "merge_method": "nuslerp",
+        "modules": {"vision": {"slices": [{"sources": SOURCES}]}},
+    }
+)
+
 BAD_CONFIGS = {
     "models: [1,\nb: }": r"config\.yaml is not YAML: .*line 2",
     "\tmodels": r"config\.yaml is not YAML",
@@ -677,6 +708,7 @@ BAD_CONFIGS = {
     CONFIG.replace("./kd", "./nowhere"): r"\./nowhere cannot be read: there is no fold",
     CONFIG.replace("./kd", "no/where"): r"no/where cannot be read: .*no model of that",
     CONFIG.replace("bfloat16", "bloat"): "bloat",
+    MODULES: r"there is no module 'vision' in these models. Theirs are default",
 }
 
 

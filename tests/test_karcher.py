@@ -1060,3 +1060,44 @@ def test_every_granularity_and_magnitude_rounds_once(
     else:
         rounding = (exact.float().double() - exact).norm()
         assert (result.double() - exact).norm() <= 2.5 * rounding
+
+
+# --- settings of PyTorch that make matrix products coarser ---------------------------
+
+
+def fine_tunes() -> tuple[list[torch.Tensor], torch.Tensor]:
+    base, *moves = (normal(64, 512, seed=seed) for seed in range(4))
+    return [(base + m / 50).bfloat16() for m in moves], base.bfloat16()
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "row"])
+def test_autocast_does_not_reach_inner_products(granularity):
+    tensors, base = fine_tunes()
+    given: dict[str, Any] = {"base": base, "granularity": granularity}
+    merged = nuslerp(tensors, [0.5, 0.3, 0.2], **given)
+    grams = kernel.gram_matrices(tensors, **given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert nuslerp(tensors, [0.5, 0.3, 0.2], **given).equal(merged)
+        assert kernel.gram_matrices(tensors, **given).equal(grams)
+
+
+def test_no_matrix_products_where_they_may_be_coarse(monkeypatch):
+    tensors, base = fine_tunes()
+    used = []
+    multiplied = streaming.Worker.multiplied
+    monkeypatch.setattr(
+        streaming.Worker,
+        "multiplied",
+        lambda *given: used.append(True) or multiplied(*given),
+    )
+    nuslerp(tensors, [0.5, 0.3, 0.2], base=base, granularity="row")
+    assert used
+    used.clear()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        merged = nuslerp(tensors, [0.5, 0.3, 0.2], base=base, granularity="row")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not used
+    assert_rounded_once(merged, tensors, [0.5, 0.3, 0.2], base, "row")

@@ -669,6 +669,17 @@ def test_a_task_vector_that_float64_cannot_hold_is_not_called_infinite(
         nuslerp(tensors, [0.3, 0.7], base=base, granularity=granularity)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("magnitude", ["linear", "geometric"])
+def test_a_length_that_float64_cannot_hold(magnitude, requires_grad):
+    tensors, _ = models(64, 64, with_base=False)
+    tensors = [1e307 * tensor for tensor in tensors]
+    tensors[0].requires_grad_(requires_grad)
+    with pytest.raises(OverflowError, match="float64"):
+        nuslerp(tensors, [0.3, 0.7], magnitude=magnitude)
+    assert nuslerp(tensors, [0.3, 0.7]).isfinite().all()
+
+
 @pytest.mark.parametrize("model", [1, None])
 def test_the_error_survives_the_way_out_of_another_process(model):
     error = pickle.loads(pickle.dumps(NonFiniteError(2, model)))
@@ -893,6 +904,59 @@ def test_extreme_values_in_pieces(monkeypatch, granularity):
         tensors, base = [scale * tensor for tensor in tensors], scale * base
         result = nuslerp(tensors, [0.3, 0.7], base=base, granularity=granularity)
         assert_rounded_once(result, tensors, [0.3, 0.7], base, granularity)
+
+
+@all_granularities
+@with_and_without_base
+@all_magnitudes
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_operations_that_widen_inputs_themselves(
+    monkeypatch, granularity, with_base, magnitude, dtype
+):
+    """As on an accelerator, and with coefficients in the thousands."""
+    start = streaming.Worker.__init__
+
+    def mixing(self, job, dtype, rows):
+        start(self, job, dtype, rows)
+        self.mixes = rows is not None
+
+    monkeypatch.setattr(streaming.Worker, "__init__", mixing)
+    monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", 4096)
+    tensors, base = models(64, 65, with_base=with_base, dtype=dtype)
+    if base is not None:  # a fine-tune that hardly changed a thing
+        tensors[0] = base.clone()
+        base[:, 7] = base[3] = 1e-3
+        tensors[0][:, 7] = tensors[0][3] = base[0, 7] * (1 + torch.finfo(dtype).eps)
+    result = nuslerp(
+        tensors, [0.3, 0.7], base=base, granularity=granularity, magnitude=magnitude
+    )
+    assert_rounded_once(
+        result, tensors, [0.3, 0.7], base, granularity, magnitude=magnitude
+    )
+
+
+@all_granularities
+@pytest.mark.parametrize("shape", [(2**13, 2**12), (2, 2**24), (2**24, 2)])
+def test_scratch_does_not_grow_with_the_weight(monkeypatch, granularity, shape):
+    monkeypatch.setattr(streaming, "_SPARE", [])
+    weights = [torch.empty(1, *shape, dtype=torch.bfloat16) for _ in range(3)]
+    job = streaming.Job.of(weights[:2], weights[2], granularity)
+    crew = streaming.Crew(job, torch.float32)
+    most = streaming._MAX_THREADS * streaming._SCRATCH_BYTES_CPU
+    assert 0 < sum(block.nbytes for block in crew.blocks) <= most
+    for group in crew.groups():
+        outer, _, inner, _ = group.sizes
+        assert outer * inner <= streaming._MAX_VECTORS
+        assert max(piece[0].numel() for piece in group.pieces) <= crew.chunk
+        break  # others are smaller
+
+
+def test_a_default_device_is_not_where_inputs_are(monkeypatch):
+    monkeypatch.setattr(streaming, "_SPARE", [])
+    tensors, base = models(64, 65)
+    with torch.device("meta"):
+        inside = nuslerp(tensors, [0.3, 0.7], base=base, granularity="row")
+    assert inside.equal(nuslerp(tensors, [0.3, 0.7], base=base, granularity="row"))
 
 
 # --- gradients -------------------------------------------------------------------

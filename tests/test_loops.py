@@ -245,7 +245,7 @@ def test_really_compiled(monkeypatch):
     # Two loops along memory and two across it, wherever in a tensor a piece begins.
     assert counters["stats"]["unique_graphs"] - before == 4
     # The same loops take other sizes, parts of tensors, and remainders.
-    with torch.compiler.set_stance("fail_on_recompile"):
-        check(1037, 1536, granularity="tensor")
-        check(1000, 1300, granularity="column")
+    check(1037, 1536, granularity="tensor")
+    check(1000, 1300, granularity="column")
+    assert counters["stats"]["unique_graphs"] - before == 4
     assert not loops._GIVEN_UP

@@ -274,3 +274,16 @@ def test_a_browser_draws_it(shape, selected, tmp_path):
     assert ("hidden" in tags.by_id["slider"]) == (not two)
     marks = tags.classes["path", "point"]
     assert marks > 0 if two else marks == 0
+    assert "all rules are linear" not in tags.text["dial-said"]
+
+
+@needs_plotly
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_what_counts_as_opposite_is_what_the_merge_counts(tmp_path):
+    """At 0.5 radians, where the page's own arithmetic sees nothing opposite."""
+    shown = SHAPES["two models"].model_copy(deep=True)
+    head = shown.tensors[-1]
+    head.pairs[0].antipodal = head.vectors
+    tags, complaints = rendered(page(shown), tmp_path, head.name)
+    assert not complaints
+    assert "all rules are linear" in tags.text["dial-said"]

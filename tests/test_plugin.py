@@ -234,7 +234,7 @@ def test_the_switch_works_until_mergekit_is_imported():
     assert python(code).stdout.startswith("mergekit.merge_methods.")
 
 
-@pytest.mark.parametrize("name", sorted(plugin._ADAPTERS.values()))
+@pytest.mark.parametrize("name", sorted(plugin.ADAPTERS.values()))
 def test_an_adapter_can_be_imported_first(name):
     adapter, attribute = name
     if not hasattr(registry, attribute):
@@ -293,6 +293,14 @@ def test_status_says_compiled():
     )
     assert result.exit_code == 0, result.output
     assert "in compiled loops" in result.output
+
+
+def test_status_says_what_means_nothing():
+    result = CliRunner().invoke(
+        cli.main, ["status"], env={"MERGEKIT_NUSLERP": "complie"}
+    )
+    assert result.exit_code == 0, result.output
+    assert "MERGEKIT_NUSLERP=complie has no effect" in result.output
 
 
 @pytest.mark.parametrize(

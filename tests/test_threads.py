@@ -119,6 +119,26 @@ def test_inputs_made_in_inference_mode(granularity):
     assert inside.equal(outside)
 
 
+def test_threads_that_keep_to_one_at_the_same_time():
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with streaming.one_thread():
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with streaming.one_thread():
+        assert torch.get_num_threads() == 1
+        thread.start()
+        assert entered.wait(60)
+        assert streaming.num_threads() == 3
+    assert torch.get_num_threads() == 3
+    leave.set()
+    thread.join()
+    assert threads_of_a_new_thread() == 3
+
+
 def test_merges_in_several_threads_at_once(weights):
     """As mergekit's executor for several GPUs runs its tasks."""
     expected = nuslerp(weights[:2], [0.3, 0.7])

@@ -80,16 +80,15 @@ _DEFAULTS = {
 
 def _merge(batch: TensorBatch, *, weight: torch.Tensor, **shared: Any) -> Merged:
     base = None if batch.base_index is None else batch.tensors[batch.base_index]
-    with torch.autocast(batch.tensors[0].device.type, enabled=False):
-        return merge_batch(
-            [t for index, t in enumerate(batch.tensors) if index != batch.base_index],
-            weight,
-            base=base,
-            granularity=parameters.choose_granularity(shared),
-            magnitude=shared["nuslerp_magnitude"],
-            lambda_=shared["lambda"],
-            compiled=_hook.compiled(),
-        )
+    return merge_batch(
+        [t for index, t in enumerate(batch.tensors) if index != batch.base_index],
+        weight,
+        base=base,
+        granularity=parameters.choose_granularity(shared),
+        magnitude=shared["nuslerp_magnitude"],
+        lambda_=shared["lambda"],
+        compiled=_hook.compiled(),
+    )
 
 
 def _kernel(batch: TensorBatch, **values: Any) -> torch.Tensor:
