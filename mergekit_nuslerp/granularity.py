@@ -45,7 +45,7 @@ def parse(granularity: str) -> tuple[str, int]:
     found = re.fullmatch(r"(row|column):([1-9]\d*)", granularity)
     if found:
         return found[1], int(found[2])
-    if granularity not in NAMES[:4] and granularity != FIRST_DIMENSION:
+    if ":" in granularity or granularity not in (*NAMES, FIRST_DIMENSION):
         raise ValueError(
             f"granularity must be one of {', '.join(NAMES)}, not {granularity!r}"
         )

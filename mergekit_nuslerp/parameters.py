@@ -26,7 +26,7 @@ from pydantic import (
 from mergekit_nuslerp import granularity
 from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM, Magnitude
 
-LOG = logging.getLogger("mergekit_nuslerp")
+LOG = logging.getLogger(__package__)
 
 MIN_MODELS = 2
 

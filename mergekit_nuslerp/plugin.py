@@ -16,7 +16,7 @@ from typing import Any
 import mergekit_nuslerp
 from mergekit_nuslerp import _hook
 
-LOG = logging.getLogger(mergekit_nuslerp.__name__)
+LOG = logging.getLogger(__package__)
 
 # For each mergekit that is known: the adapter, and the dict in its registry.
 ADAPTERS = {

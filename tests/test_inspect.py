@@ -30,7 +30,7 @@ from oracle import angle, oracle, vectors
 from safetensors.torch import save_file
 from support import EXAMPLES, load_tensors, run_command, working_directory
 
-from mergekit_nuslerp import cli, inspection, report
+from mergekit_nuslerp import cli, inspection, plugin, report
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.checkpoints import write_checkpoints
 from mergekit_nuslerp.inspection import Inspection, TensorGeometry
@@ -536,6 +536,23 @@ def test_a_longer_task_vector_draws_the_merge(checkpoints: Path) -> None:
     assert float(said[3]) == pytest.approx(100 * turned, abs=0.51)
     longer = ((dpo.double() - base).norm() / (sft.double() - base).norm()).item()
     assert float(said[2]) == pytest.approx(longer, abs=0.051)
+
+
+@pytest.mark.parametrize("ratio, told", [(1.9, False), (2.1, True)])
+def test_from_which_ratio_on_a_longer_vector_is_told(ratio: float, told: bool) -> None:
+    first, second = torch.randn(2, 8, 8)
+    second *= ratio * first.norm() / second.norm()
+    found = made_up([measured([first, second], [0.5, 0.5])])
+    assert ("more than twice as long" in words(report.text(found))) == told
+
+
+def test_an_inspection_does_not_say_that_it_merges(
+    small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin.announce.cache_clear()  # said once in a process
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    assert command(small, tmp_path / "config.yaml").exit_code == 0
+    assert not any("merges here" in message for message in caplog.messages)
 
 
 def test_extrapolation_is_said(small: Path) -> None:
