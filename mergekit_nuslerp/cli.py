@@ -222,6 +222,10 @@ def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
 
         try:
             content = yaml.safe_load(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{config} is not a text in UTF-8: {error}") from error
+        except yaml.composer.ComposerError as error:
+            raise ValueError(f"{config} is not a single config: {error}") from error
         except yaml.YAMLError as error:
             raise ValueError(f"{config} is not YAML: {error}") from error
 
@@ -238,7 +242,14 @@ def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise ValueError(f"{config}: {place} {first['msg']}") from error
-        except (AssertionError, RuntimeError, SafetensorError) as error:
+        except (
+            ArithmeticError,
+            AssertionError,
+            LookupError,
+            RuntimeError,
+            SafetensorError,
+            TypeError,
+        ) as error:
             raise ValueError(str(error)) from error
 
 
@@ -286,6 +297,8 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 def demo(out: Path) -> None:
     """Make three small checkpoints in OUT, merge them, and show the result."""
+    if _hook.switched_off():
+        raise click.UsageError(_off())
     from mergekit_nuslerp.demo import run as run_demo
 
     sys.exit(run_demo(out))

@@ -189,13 +189,7 @@ def check_together(
     where = f" for tensor {tensor}" if tensor else ""
     chosen = choose_granularity(shared, tensor=tensor)
     if shape is not None:
-        try:
-            granularity.vector_view((1, *shape), chosen)
-        except ValueError as error:
-            raise ConfigError(
-                f"nuslerp: {_called(tensor)} has the shape {tuple(shape)}: {error}, or "
-                "give weights that it does not fit another granularity with a filter."
-            ) from None
+        check_block(chosen, tensor, shape)
     scale = shared.get("lambda", 1.0)
     if not has_base and scale != 1:
         raise ConfigError(
@@ -216,6 +210,21 @@ def check_together(
                     "Write weights of at least 0."
                 )
     return chosen
+
+
+def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
+    """Refuse a granularity whose blocks do not divide a weight.
+
+    Raises:
+        ConfigError: naming the weight, and what to write instead.
+    """
+    try:
+        granularity.vector_view((1, *shape), chosen)
+    except ValueError as error:
+        raise ConfigError(
+            f"nuslerp: {_called(tensor)} has the shape {tuple(shape)}: {error}, or "
+            "give weights that it does not fit another granularity with a filter."
+        ) from None
 
 
 @cache
@@ -248,12 +257,24 @@ def check_names(config: BaseModel) -> None:
         config: mergekit's, of a merge by `nuslerp`.
 
     Raises:
-        ConfigError: a parameter that begins with `nuslerp_` and does not exist.
+        ConfigError: a parameter that begins with `nuslerp_` and does not exist, or one
+            that mergekit does not have under a model, where only weights are read.
     """
-    for name in dict.fromkeys(parameter_names(config)):
+    for name, of_model in dict.fromkeys(parameter_names(config)):
+        if of_model and name in Shared.model_fields:
+            (example,) = FIELDS[name].examples or [""]
+            hint = (
+                f"under a model, as it is the same for all. Write, say, {example} at "
+                "the top level."
+            )
+            if name in NAMED:  # others are mergekit's, which lets them stand there
+                raise ConfigError(f"nuslerp: parameter {name!r} has no effect {hint}")
+            _warn_of_no_effect(name, hint)
         if name in FIELDS:
             continue
+        prefixed = f"nuslerp_{name}"
         near = get_close_matches(name, FIELDS, 1, cutoff=0.75)
+        near = [prefixed] if prefixed in FIELDS else near
         hint = f" Did you mean {near[0]!r}?" if near else ""
         if name.startswith("nuslerp_"):
             raise ConfigError(
@@ -261,21 +282,25 @@ def check_names(config: BaseModel) -> None:
                 f"{', '.join(FIELDS)}."
             )
         if near:
-            _warn_of_no_effect(name, hint)
+            _warn_of_no_effect(name, f"here.{hint}")
 
 
 @cache
 def _warn_of_no_effect(name: str, hint: str) -> None:
     """Say that a parameter is ignored, once, although each tensor's planning asks."""
-    LOG.warning("nuslerp: parameter %r has no effect.%s", name, hint)
+    LOG.warning("nuslerp: parameter %r has no effect %s", name, hint)
 
 
-def parameter_names(node: Any) -> Iterator[str]:
-    """Names of all parameters in a config, which may stand at several levels."""
+def parameter_names(node: Any) -> Iterator[tuple[str, bool]]:
+    """Names of all parameters in a config, and whether they stand under a model."""
     if isinstance(node, BaseModel):
-        for name in type(node).model_fields:
+        fields = type(node).model_fields
+        for name in fields:
             value = getattr(node, name)
-            yield from (value or ()) if name == "parameters" else parameter_names(value)
+            if name == "parameters":
+                yield from ((given, "model" in fields) for given in value or ())
+            else:
+                yield from parameter_names(value)
     elif isinstance(node, Mapping):
         for value in node.values():
             yield from parameter_names(value)
@@ -347,7 +372,8 @@ def nonfinite(tensor: str | None, model: Hashable, *, is_base: bool) -> str:
     owner = f"the base model {model}" if is_base else f"model {model}"
     return (
         f"nuslerp: {_called(tensor)} of {owner} contains NaN or infinity. "
-        "The checkpoint is damaged or its training diverged; use another one."
+        "The checkpoint is damaged, its training diverged, or the config's `dtype` "
+        "cannot hold its numbers; use another one."
     )
 
 

@@ -72,9 +72,10 @@ def _heading(inspection: Inspection, names: Mapping[str, str]) -> str:
         line = f"{number}  {names[model]}"
         if parts:
             line += f"  weight {_range(part.weight for part in parts)}"
-        changes = [p.relative_norm for p in parts if p.relative_norm is not None]
+        changes = [p.relative_norm for p in parts if p.relative_norm]
         if changes:
-            line += f", task vectors {_percent(median(changes))} of the base (median)"
+            among = "median" if len(changes) == len(parts) else "median where not zero"
+            line += f", task vectors {_percent(median(changes))} of the base ({among})"
         lines.append(line)
     if inspection.base is not None:
         lines.append(f"   {names[inspection.base]}  base")
@@ -111,12 +112,17 @@ def _by_layer(inspection: Inspection, labels: Mapping[str, str]) -> list[str]:
     labels = {kind: _cut(labels[kind], _LABEL) for kind in angles}
     layers = sorted({layer for column in angles.values() for layer in column})
     title = f"{_angle_title(inspection)}, degrees"
+
+    def cell(kind: str, layer: int) -> str:
+        """Empty where the layer has no such weight."""
+        found = angles[kind].get(layer)
+        return "" if found is None else _figure(_median(found))
+
     tables = []
     for kinds in _fitting({kind: max(len(labels[kind]), 5) for kind in angles}):
         heading = ["layer", *(labels[kind] for kind in kinds)]
         rows = [
-            [str(layer), *(_figure(_median(angles[kind][layer])) for kind in kinds)]
-            for layer in layers
+            [str(layer), *(cell(kind, layer) for kind in kinds)] for layer in layers
         ]
         tables.append(_table(title, heading, rows))
         title = ""  # is above the first
@@ -302,7 +308,7 @@ def _on_departure(inspection: Inspection) -> Iterator[str]:
     apart = [
         (tensor.departure, tensor)
         for tensor in inspection.tensors
-        if tensor.departure is not None
+        if tensor.departure is not None and sum(map(_counts, tensor.parts)) > 1
     ]
     if not apart:
         return
@@ -438,12 +444,14 @@ def _turned(tensor: TensorGeometry) -> float | None:
 
 def _warn_of_outside(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
     outside = [t for t in inspection.tensors if t.t is not None and not 0 <= t.t <= 1]
-    if outside:
+    by_pair: dict[tuple[str, ...], list[TensorGeometry]] = defaultdict(list)
+    for tensor in outside:  # each slice may have models of its own
+        by_pair[tuple(names[part.model] for part in tensor.parts)].append(tensor)
+    for (first, second), tensors in by_pair.items():
         yield (
-            f"in {_listed(outside)} the weights put the merge beyond the models, at "
-            f"t = {_range(t.t for t in outside if t.t is not None)} (0 is "
-            f"{names[inspection.models[0]]}, 1 is {names[inspection.models[1]]}). It "
-            "extrapolates."
+            f"in {_listed(tensors)} the weights put the merge beyond the models, at "
+            f"t = {_range(t.t for t in tensors if t.t is not None)} (0 is {first}, 1 "
+            f"is {second}). It extrapolates."
         )
     short = [
         tensor
@@ -680,6 +688,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
+def _counts(part: Part) -> bool:
+    return part.weight != 0
+
+
 def _range(values: Iterable[float]) -> str:
     texts = [f"{value:.3g}" for value in sorted(values)]
     return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
@@ -690,7 +702,7 @@ def _rounded_up(value: float) -> str:
     if value <= 0:
         return "0"
     unit = 10.0 ** (floor(log10(value)) - 1)
-    return f"{ceil(value / unit) * unit:.2g}"
+    return f"{round(ceil(value / unit) * unit, 6):g}"
 
 
 def _power_of_ten(value: float) -> str:

@@ -203,6 +203,33 @@ def test_a_parameter_that_is_close_to_one(config, checkpoints, tmp_path, caplog)
     assert_names(told, "'lamda'", "'lambda'")
 
 
+@pytest.mark.parametrize("name", ["lambda", "nuslerp_flatten"])
+def test_what_is_the_same_for_all_models_under_one(
+    name, config, checkpoints, tmp_path, caplog
+):
+    parameters._warn_of_no_effect.cache_clear()
+    config["models"][0]["parameters"][name] = 0
+    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+    (told,) = (message for message in caplog.messages if "no effect" in message)
+    assert_names(told, repr(name), "under a model", f"`{name}: ")
+
+
+@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes only numbers")
+def test_a_new_parameter_under_a_model(config, refused):
+    config["models"][0]["parameters"]["nuslerp_magnitude"] = "linear"
+    message = refused(config)
+    assert_names(message, "'nuslerp_magnitude'", "under a model", "at the top level")
+
+
+@pytest.mark.parametrize("name", ["flatten", "row_wise"])
+def test_a_name_without_its_beginning(name, config, checkpoints, tmp_path, caplog):
+    parameters._warn_of_no_effect.cache_clear()
+    config["parameters"] = {name: 0}
+    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+    (told,) = (message for message in caplog.messages if "no effect" in message)
+    assert_names(told, repr(name), f"'nuslerp_{name}'")
+
+
 def test_one_model(config, refused):
     del config["models"][1]
     assert_names(refused(config), "at least 2 models", "there is 1", "./sft")

@@ -463,6 +463,17 @@ def test_what_one_model_left_unchanged(small: Path) -> None:
     taken = math.sin(0.3 * math.pi / 2)
     assert "only sft has a task vector that is not zero. Magnitude slerp takes " in text
     assert f"takes {taken:.3g} of it, where its weight is 0.3." in text
+    assert re.search(r"kd weight .*\(median where not zero\)", words(text))
+    assert "sft weight 0.3, task vectors 2 % of the base (median)" in words(text)
+
+
+def test_a_layer_without_a_weight_that_others_have() -> None:
+    record = measured([*torch.randn(2, 4, 4)], [1, 1])
+    tensors = [
+        record.model_copy(update={"layer": layer, "projection": projection})
+        for layer, projection in ((0, "router"), (0, "up_proj"), (1, "up_proj"))
+    ]
+    assert "vector is zero" not in report.text(made_up(tensors))
 
 
 @only_names
@@ -560,6 +571,25 @@ def test_extrapolation_is_said(small: Path) -> None:
     _, text = shown(config, small)
     assert re.search(r"beyond the models, at t = 1\.3 \(0 is sft, 1 is kd\)", text)
     assert "turns as far" not in text
+
+
+def test_extrapolation_names_the_models_of_its_slice(small: Path) -> None:
+    def a_slice(layer: int, **weights: float) -> dict[str, Any]:
+        sources = [*config_of(weights, None)["models"], {"model": "./base"}]
+        return {"sources": [{**s, "layer_range": [layer, layer + 1]} for s in sources]}
+
+    config = config_of({}, "base")
+    del config["models"]
+    config["slices"] = [a_slice(0, sft=0.3, kd=0.7), a_slice(1, kd=-0.5, sft=1.5)]
+    _, text = shown(config, small)
+    assert "at t = 1.5 (0 is kd, 1 is sft)" in text
+
+
+def test_nothing_is_said_of_angles_where_one_model_has_all_the_weight(
+    small: Path,
+) -> None:
+    _, text = shown(config_of({"sft": 1, "kd": 0}, "base"), small)
+    assert "agree" not in text and "Departure" not in text
 
 
 @only_names
@@ -725,6 +755,7 @@ BAD_CONFIGS = {
     CONFIG.replace("./kd", "./nowhere"): r"\./nowhere cannot be read: there is no fold",
     CONFIG.replace("./kd", "no/where"): r"no/where cannot be read: .*no model of that",
     CONFIG.replace("bfloat16", "bloat"): "bloat",
+    f"{CONFIG}---\n{CONFIG}": r"config\.yaml is not a single config: ",
     MODULES: r"there is no module 'vision' in these models. Theirs are default",
 }
 

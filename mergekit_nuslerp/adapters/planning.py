@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -83,5 +84,13 @@ def stored_shape(tensors: Any) -> tuple[int, ...] | None:
     file = index.tensor_paths.get(info.name)
     if not index.is_safetensors or file is None:
         return None
-    with safe_open(os.path.join(index.base_path, file), framework="pt") as opened:
-        return tuple(opened.get_slice(info.name).get_shape())
+    path = os.path.join(index.base_path, file)
+    return _shapes(path, os.stat(path).st_mtime_ns).get(info.name)
+
+
+@lru_cache(maxsize=64)
+def _shapes(path: str, _modified: int) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of all weights in a file: one header is read, not one for each weight."""
+    with safe_open(path, framework="pt") as opened:
+        names = opened.keys()
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in names}

@@ -136,7 +136,7 @@ class NuslerpMethod(MergeMethod):
         announce()
         config = planning.config_of(planning.caller())
         if config is not None:
-            _refuse_named(parameter_names(config))
+            _refuse_named(name for name, _ in parameter_names(config))
             check_names(config)
         name = output_weight.name
         shared, weights = _validated(name, parameters, tensor_parameters, base_model)
