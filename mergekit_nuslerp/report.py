@@ -702,7 +702,8 @@ def _rounded_up(value: float) -> str:
     if value <= 0:
         return "0"
     unit = 10.0 ** (floor(log10(value)) - 1)
-    return f"{round(ceil(value / unit) * unit, 6):g}"
+    bound = ceil(value / unit) * unit
+    return f"{bound:.0f}" if bound >= 100 else f"{bound:.2g}"
 
 
 def _power_of_ten(value: float) -> str:

@@ -515,6 +515,13 @@ def test_where_spherical_and_linear_agree(small: Path) -> None:
     assert max(departures) <= float(said[2]) <= 10 * max(departures)
 
 
+@pytest.mark.parametrize(
+    "value, text", [(178.9, "180"), (99.6, "100"), (20.01, "21"), (3.11e-8, "3.2e-08")]
+)
+def test_bounds_are_rounded_up(value: float, text: str) -> None:
+    assert report._rounded_up(value) == text
+
+
 def test_where_they_do_not(small: Path) -> None:
     found, text = shown(config_of({"sft": 0.3, "kd": 0.7}, "base"), small)
     departures = {t.name: t.departure for t in found.tensors if t.departure is not None}
