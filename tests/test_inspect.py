@@ -31,9 +31,11 @@ from safetensors.torch import save_file
 from support import EXAMPLES, load_tensors, run_command, working_directory
 
 from mergekit_nuslerp import cli, inspection, plugin, report
+from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.checkpoints import write_checkpoints
-from mergekit_nuslerp.inspection import Inspection, TensorGeometry
+from mergekit_nuslerp.inspection import Inspection, Skipped, TensorGeometry
+from mergekit_nuslerp.parameters import ConfigError
 
 # Parameters whose values are names, which mergekit 0.1.4 does not take.
 TAKES_NAMES = hasattr(mergekit.merge_methods, "merge_tensors")
@@ -776,6 +778,12 @@ def test_bad_configs(config: str, message: str, small: Path, tmp_path: Path) -> 
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_a_config_in_another_encoding(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG, encoding="utf-16")
+    assert_refused(command(small, path), r"config\.yaml is not a text in UTF-8")
+
+
 def test_a_missing_config(small: Path) -> None:
     assert_refused(command(small, "nowhere.yaml"), "No such file.*nowhere.yaml")
 
@@ -860,6 +868,37 @@ def test_weights_that_cannot_be_merged(
         "kd",
         "config.yaml",
     }
+
+
+def test_integers_are_left_alone_where_they_agree() -> None:
+    models = [ModelReference.parse(name) for name in ("a", "b")]
+    planned = Planned(
+        name="positions",
+        tensors=None,
+        weights=ImmutableMap(dict.fromkeys(models, 1.0)),
+        base=None,
+        granularity="tensor",
+        magnitude="slerp",
+        lambda_=1.0,
+        info=None,
+    )
+    task = inspection._Measure(planned=planned)
+    found = task.execute(dict.fromkeys(models, torch.arange(4)))
+    assert isinstance(found, Skipped)
+    with pytest.raises(ConfigError, match=r"tensor positions .* differ between"):
+        task.execute(dict(zip(models, (torch.arange(4), torch.arange(1, 5)))))
+
+
+@only_names
+def test_blocks_that_do_not_fit_once_a_weight_is_read(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "stored_shape", lambda tensors: None)
+    config = config_of({"sft": 0.3, "kd": 0.7}, "base", nuslerp_granularity="row:7")
+    with pytest.raises(
+        (ConfigError, RuntimeError), match=r"tensor \S+ has .*Write row:"
+    ):
+        inspect_here(config, small)
 
 
 def test_an_index_that_names_what_is_not_there(small: Path, tmp_path: Path) -> None:

@@ -295,6 +295,15 @@ def test_status_says_compiled():
     assert "in compiled loops" in result.output
 
 
+def test_the_demo_needs_the_plugin(tmp_path):
+    result = CliRunner().invoke(
+        cli.main, ["demo", str(tmp_path / "out")], env={"MERGEKIT_NUSLERP": "0"}
+    )
+    assert result.exit_code == 2
+    assert "MERGEKIT_NUSLERP=0 switches the plugin off" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_status_says_what_means_nothing():
     result = CliRunner().invoke(
         cli.main, ["status"], env={"MERGEKIT_NUSLERP": "complie"}
