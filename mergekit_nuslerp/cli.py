@@ -221,13 +221,13 @@ def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
         from safetensors import SafetensorError
 
         try:
-            content = yaml.safe_load(file)
+            content, *others = [*yaml.safe_load_all(file)] or [None]
         except UnicodeDecodeError as error:
             raise ValueError(f"{config} is not a text in UTF-8: {error}") from error
-        except yaml.composer.ComposerError as error:
-            raise ValueError(f"{config} is not a single config: {error}") from error
         except yaml.YAMLError as error:
             raise ValueError(f"{config} is not YAML: {error}") from error
+        if others:
+            raise ValueError(f"{config} is not a single config: it holds several")
 
         register()  # first, since mergekit 0.1.4's config is told of new parameters
         from mergekit.config import MergeConfiguration

@@ -31,7 +31,7 @@ from safetensors import safe_open
 
 import mergekit_nuslerp
 from mergekit_nuslerp import plugin, register
-from mergekit_nuslerp.adapters.planning import Planned
+from mergekit_nuslerp.adapters.planning import Planned, agree
 from mergekit_nuslerp.geometry import mean_coefficients, normalize_weights
 from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices
 from mergekit_nuslerp.parameters import (
@@ -39,6 +39,7 @@ from mergekit_nuslerp.parameters import (
     check_block,
     check_models,
     nonfinite,
+    unlike_shapes,
 )
 from mergekit_nuslerp.plugin import mergekit_version
 from mergekit_nuslerp.streaming import one_thread
@@ -265,8 +266,7 @@ class _Measure(Task[Any]):
         if len(tensors) < 2:
             return Skipped(name=planned.name, reason="only one model has it")
         if not all(tensor.is_floating_point() for tensor in tensors.values()):
-            first, *others = tensors.values()
-            if not all(torch.equal(first, other) for other in others):
+            if not agree(tensors.values()):
                 raise ConfigError(
                     f"tensor {planned.name} holds numbers that are not fractional, and "
                     "differ between the models: they cannot be merged"
@@ -274,14 +274,11 @@ class _Measure(Task[Any]):
             return Skipped(name=planned.name, reason="its numbers are not fractional")
         check_models(list(tensors), planned.base, tensor=planned.name)
         tensors = plugin.adapter().aligned(planned, tensors)
-        shapes = {str(model): tuple(tensors[model].shape) for model in tensors}
-        if len(set(shapes.values())) > 1:
-            found = ", ".join(f"{shape} in {model}" for model, shape in shapes.items())
-            raise ConfigError(
-                f"tensor {planned.name} differs in shape: {found}. Embeddings of "
-                "different vocabularies need `tokenizer_source: union`"
-            )
-        check_block(planned.granularity, planned.name, next(iter(shapes.values())))
+        shapes = {model: tensors[model].shape for model in tensors}
+        shape, *others = shapes.values()
+        if any(other != shape for other in others):
+            raise ConfigError(unlike_shapes(planned.name, shapes))
+        check_block(planned.granularity, planned.name, shape)
         return measure(planned, tensors)
 
 

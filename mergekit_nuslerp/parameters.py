@@ -273,8 +273,10 @@ def check_names(config: BaseModel) -> None:
         if name in FIELDS:
             continue
         prefixed = f"nuslerp_{name}"
-        near = get_close_matches(name, FIELDS, 1, cutoff=0.75)
-        near = [prefixed] if prefixed in FIELDS else near
+        if prefixed in FIELDS:
+            near = [prefixed]
+        else:
+            near = get_close_matches(name, FIELDS, 1, cutoff=0.75)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         if name.startswith("nuslerp_"):
             raise ConfigError(
@@ -374,6 +376,15 @@ def nonfinite(tensor: str | None, model: Hashable, *, is_base: bool) -> str:
         f"nuslerp: {_called(tensor)} of {owner} contains NaN or infinity. "
         "The checkpoint is damaged, its training diverged, or the config's `dtype` "
         "cannot hold its numbers; use another one."
+    )
+
+
+def unlike_shapes(tensor: str, shapes: Mapping[Any, Sequence[int]]) -> str:
+    """The message about a weight that has another shape in one of the models."""
+    found = ", ".join(f"{tuple(shape)} in {model}" for model, shape in shapes.items())
+    return (
+        f"nuslerp: tensor {tensor} differs in shape: {found}. Embeddings of different "
+        "vocabularies need `tokenizer_source: union` (or `base`)."
     )
 
 

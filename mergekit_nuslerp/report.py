@@ -308,7 +308,8 @@ def _on_departure(inspection: Inspection) -> Iterator[str]:
     apart = [
         (tensor.departure, tensor)
         for tensor in inspection.tensors
-        if tensor.departure is not None and sum(map(_counts, tensor.parts)) > 1
+        if tensor.departure is not None
+        and sum(part.weight != 0 for part in tensor.parts) > 1
     ]
     if not apart:
         return
@@ -410,7 +411,7 @@ def _warn_of_ratio(inspection: Inspection, names: Mapping[str, str]) -> Iterator
         return
     worst = max(affected, key=lambda tensor: tensor.norm_ratio or 0)
     # Beyond the models the mean of the lengths may be next to nothing.
-    between = all(tensor.t is None or 0 <= tensor.t <= 1 for tensor in affected)
+    outside = any(map(_is_outside, affected))
     short, *_, long = sorted(worst.parts, key=lambda part: part.norm)
     turned = _turned(worst)
     example = ""
@@ -425,7 +426,7 @@ def _warn_of_ratio(inspection: Inspection, names: Mapping[str, str]) -> Iterator
         f"{_name(worst)}, {names[long.model]}'s {_figure(worst.norm_ratio)} times as "
         f"long as {names[short.model]}'s. Magnitude slerp turns further towards the "
         f"longer one than the weights say.{example}"
-        + (_remedy(inspection, "turns as far as they say") if between else "")
+        + ("" if outside else _remedy(inspection, "turns as far as they say"))
     )
 
 
@@ -442,8 +443,13 @@ def _turned(tensor: TensorGeometry) -> float | None:
     return atan2(second * sin(angle), first + second * cos(angle)) / angle
 
 
+def _is_outside(tensor: TensorGeometry) -> bool:
+    """Whether two models are merged into one beyond them."""
+    return tensor.t is not None and not 0 <= tensor.t <= 1
+
+
 def _warn_of_outside(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
-    outside = [t for t in inspection.tensors if t.t is not None and not 0 <= t.t <= 1]
+    outside = list(filter(_is_outside, inspection.tensors))
     by_pair: dict[tuple[str, ...], list[TensorGeometry]] = defaultdict(list)
     for tensor in outside:  # each slice may have models of its own
         by_pair[tuple(names[part.model] for part in tensor.parts)].append(tensor)
@@ -453,12 +459,7 @@ def _warn_of_outside(inspection: Inspection, names: Mapping[str, str]) -> Iterat
             f"t = {_range(t.t for t in tensors if t.t is not None)} (0 is {first}, 1 "
             f"is {second}). It extrapolates."
         )
-    short = [
-        tensor
-        for tensor in outside
-        if tensor.magnitude == "linear"
-        and sum(part.weight * part.norm for part in tensor.parts) <= 0
-    ]
+    short = [t for t in outside if t.magnitude == "linear" and t.length is None]
     if short:
         left = "the base" if inspection.base is not None else "zeros"
         yield (
@@ -686,10 +687,6 @@ def _field(field: str, value: float | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
-
-
-def _counts(part: Part) -> bool:
-    return part.weight != 0
 
 
 def _range(values: Iterable[float]) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import combinations_with_replacement, product
 from math import ceil, gcd, prod
-from threading import Barrier, Lock
+from threading import Barrier, RLock
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +64,7 @@ _ROUND_LENGTH = 128
 # How many threads PyTorch had before it was kept to one, for each merge that does so.
 # What one thread sets, others start with: they must neither see nor restore it.
 _LOWERED: list[int] = []
-_SETTING = Lock()
+_SETTING = RLock()
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -116,6 +116,10 @@ class Job:
             order=tuple(order),
             **rest,
         )
+
+    @property
+    def has_base(self) -> bool:
+        return len(self.inputs) > self.models
 
     @property
     def vectors(self) -> int:
@@ -310,7 +314,7 @@ class Worker:
     ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
         """The models' parts, and that of the base."""
         models = self.job.models
-        return parts[:models], parts[models] if len(parts) > models else None
+        return parts[:models], parts[models] if self.job.has_base else None
 
     def read(self, piece: Piece) -> None:
         """Hold the models' vectors in one piece, and the base that they start from."""
@@ -321,7 +325,7 @@ class Worker:
             self.vectors, self.base = task_vectors(*self.split(piece), self.dtype)
         else:
             rooms = self.rooms(piece[0].shape)
-            self.base = rooms.each[models] if len(piece) > models else None
+            self.base = rooms.each[models] if self.job.has_base else None
             first = models if self.base is not None and self.mixes else 0
             for part, room in zip(piece[first:], rooms.each[first:]):
                 room.copy_(part)
@@ -399,8 +403,7 @@ class Worker:
         self, piece: Piece, factors: Sequence[torch.Tensor], result: torch.Tensor
     ) -> None:
         """Combine a piece, and round it into its part of the result."""
-        has_base = len(piece) > self.job.models
-        if self.mixes and self.held is not piece and not has_base:
+        if self.mixes and self.held is not piece and not self.job.has_base:
             self.blend(piece, factors, result)
         else:
             # With a base, task vectors come first. Taking its share off in the end
@@ -473,7 +476,7 @@ def one_thread() -> Iterator[None]:
     In several threads these take a hundred times as long where a machine is busy.
     """
     with _SETTING:
-        _LOWERED.append(_LOWERED[0] if _LOWERED else torch.get_num_threads())
+        _LOWERED.append(num_threads())
         torch.set_num_threads(1)
     try:
         yield

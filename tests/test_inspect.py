@@ -90,6 +90,15 @@ def config_of(weights: dict[str, float], base: str | None, **shared: Any) -> dic
     return {**config, "parameters": shared}
 
 
+def slice_of(
+    layer: int, weights: dict[str, float], base: str | None = None
+) -> dict[str, Any]:
+    models = config_of(weights, None)["models"]
+    if base:
+        models.append({"model": f"./{base}"})
+    return {"sources": [{**m, "layer_range": [layer, layer + 1]} for m in models]}
+
+
 def inspect_here(config: dict, folder: Path, **more: Any) -> Inspection:
     with working_directory(folder):
         return inspection.inspect(MergeConfiguration.model_validate(config), **more)
@@ -264,6 +273,27 @@ def assert_agree(found: Any, expected: Any, place: str) -> None:
         assert found == expected, place
 
 
+def plan(
+    name: str,
+    weights: dict[ModelReference, float],
+    *,
+    base: ModelReference | None = None,
+    granularity: str = "tensor",
+    magnitude: Any = "slerp",
+) -> Planned:
+    """How a tensor would be merged that no file holds."""
+    return Planned(
+        name=name,
+        tensors=None,
+        weights=ImmutableMap(weights),
+        base=base,
+        granularity=granularity,
+        magnitude=magnitude,
+        lambda_=1.0,
+        info=None,
+    )
+
+
 def measured(
     tensors: list[torch.Tensor],
     weights: list[float],
@@ -277,15 +307,12 @@ def measured(
     origin = ModelReference.parse("base") if base is not None else None
     if origin is not None and base is not None:
         state[origin] = base
-    planned = Planned(
-        name="model.layers.3.mlp.up_proj.weight",
-        tensors=None,
-        weights=ImmutableMap(dict(zip(models, weights))),
+    planned = plan(
+        "model.layers.3.mlp.up_proj.weight",
+        dict(zip(models, weights)),
         base=origin,
         granularity=granularity,
         magnitude=magnitude,
-        lambda_=1.0,
-        info=None,
     )
     return inspection.measure(planned, state)
 
@@ -583,13 +610,12 @@ def test_extrapolation_is_said(small: Path) -> None:
 
 
 def test_extrapolation_names_the_models_of_its_slice(small: Path) -> None:
-    def a_slice(layer: int, **weights: float) -> dict[str, Any]:
-        sources = [*config_of(weights, None)["models"], {"model": "./base"}]
-        return {"sources": [{**s, "layer_range": [layer, layer + 1]} for s in sources]}
-
     config = config_of({}, "base")
     del config["models"]
-    config["slices"] = [a_slice(0, sft=0.3, kd=0.7), a_slice(1, kd=-0.5, sft=1.5)]
+    config["slices"] = [
+        slice_of(0, {"sft": 0.3, "kd": 0.7}, "base"),
+        slice_of(1, {"kd": -0.5, "sft": 1.5}, "base"),
+    ]
     _, text = shown(config, small)
     assert "at t = 1.5 (0 is kd, 1 is sft)" in text
 
@@ -741,14 +767,10 @@ def assert_refused(done: Any, message: str) -> None:
 
 CONFIG = yaml.safe_dump(config_of({"sft": 0.3, "kd": 0.7}, "base"))
 
-SOURCES = [
-    {**model, "layer_range": [0, 1]}
-    for model in config_of({"sft": 0.3, "kd": 0.7}, None)["models"]
-]
 MODULES = yaml.safe_dump(
     {
         "merge_method": "nuslerp",
-        "modules": {"vision": {"slices": [{"sources": SOURCES}]}},
+        "modules": {"vision": {"slices": [slice_of(0, {"sft": 0.3, "kd": 0.7})]}},
     }
 )
 
@@ -872,16 +894,7 @@ def test_weights_that_cannot_be_merged(
 
 def test_integers_are_left_alone_where_they_agree() -> None:
     models = [ModelReference.parse(name) for name in ("a", "b")]
-    planned = Planned(
-        name="positions",
-        tensors=None,
-        weights=ImmutableMap(dict.fromkeys(models, 1.0)),
-        base=None,
-        granularity="tensor",
-        magnitude="slerp",
-        lambda_=1.0,
-        info=None,
-    )
+    planned = plan("positions", dict.fromkeys(models, 1.0))
     task = inspection._Measure(planned=planned)
     found = task.execute(dict.fromkeys(models, torch.arange(4)))
     assert isinstance(found, Skipped)

@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from cases import normal
 from oracle import assert_rounded_once
-from support import load_tensors, merge_here, steps_apart
+from support import EXAMPLES, load_tensors, merge_here, steps_apart
 from torch._dynamo.utils import counters
 
 from mergekit_nuslerp import NonFiniteError, loops, nuslerp, plugin, streaming
 from mergekit_nuslerp.streaming import Job
 
-EXAMPLES = Path(__file__).parent.parent / "example_configs"
 WEIGHTS = [0.5, 0.2, 0.3]
 
 # Whole runs and remainders, of vectors along memory and across it.

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FrameType
 from typing import Any
 
+import torch
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.io.tasks import GatherTensors, LoaderCache
 from pydantic import BaseModel
@@ -64,6 +65,12 @@ def resolved_for() -> dict[str, Any]:
             names = {"model": "model", "tensor": "tensor_name"}
             return {key: frame.f_locals.get(name) for key, name in names.items()}
     return {}
+
+
+def agree(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether integers or booleans are the same in all models, and may be copied."""
+    first, *rest = tensors
+    return all(t.dtype == first.dtype and torch.equal(t, first) for t in rest)
 
 
 def stored_shape(tensors: Any) -> tuple[int, ...] | None:

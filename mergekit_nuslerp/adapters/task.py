@@ -70,11 +70,8 @@ class NuslerpTask(Task[torch.Tensor]):
         if not all(tensor.is_floating_point() for tensor in inputs):
             return self._agreed(inputs)
         if any(tensor.shape != inputs[0].shape for tensor in inputs):
-            shapes = {str(m): tuple(t.shape) for m, t in zip(models, inputs)}
-            raise RuntimeError(
-                f"nuslerp: tensor {name} differs in shape: {shapes}. Embeddings of "
-                "different vocabularies need `tokenizer_source: union` (or `base`)."
-            )
+            shapes = {model: tensor.shape for model, tensor in zip(models, inputs)}
+            raise RuntimeError(parameters.unlike_shapes(name, shapes))
 
         base = None if self.base_model is None else inputs.pop()
         try:
@@ -99,13 +96,12 @@ class NuslerpTask(Task[torch.Tensor]):
 
     def _agreed(self, inputs: List[torch.Tensor]) -> torch.Tensor:
         """Integers and booleans are copied where all models agree, as 0.1.5 does."""
-        first, *rest = inputs
-        if any(t.dtype != first.dtype or not torch.equal(t, first) for t in rest):
+        if not planning.agree(inputs):
             raise ValueError(
                 f"nuslerp: tensor {self.weight_info.name} does not hold floating-point "
                 "numbers and differs between the models; it cannot be interpolated"
             )
-        return first.clone()
+        return inputs[0].clone()
 
 
 class NuslerpMethod(MergeMethod):
