@@ -61,6 +61,11 @@ _STRIP_LENGTH = 16
 # Longer strips are of a multiple of this, so that loops over them come out even.
 _ROUND_LENGTH = 128
 
+# Longest run across memory that an accelerator reduces at once. PyTorch has several
+# blocks of CUDA threads share longer ones (from 1024 on), and takes 100 MiB and more to
+# do so: an element for each of their threads and each output.
+_LONGEST_REDUCTION = 256
+
 # How many threads PyTorch had before it was kept to one, for each merge that does so.
 # What one thread sets, others start with: they must neither see nor restore it.
 _LOWERED: list[int] = []
@@ -341,7 +346,12 @@ class Worker:
     def peaks(self, piece: Piece) -> torch.Tensor:
         """The largest absolute element of each vector, `(outer, inner, models)`."""
         self.read(piece)
-        return torch.stack([v.abs().amax((1, 3)) for v in self.vectors], dim=-1)
+        room = None if self.rows is None else self.rooms(piece[0].shape).product
+        peaks = [
+            self.reduced(torch.amax, torch.abs(vector, out=room))
+            for vector in self.vectors
+        ]
+        return torch.stack(peaks, dim=-1)
 
     def gram(
         self, piece: Piece, scales: Sequence[torch.Tensor] | None = None
@@ -353,16 +363,36 @@ class Worker:
         """
         self.read(piece)
         shape, vectors, room = piece[0].shape, self.vectors, None
-        if self.rows is not None:
+        in_place = self.rows is not None
+        if in_place:
             if scales is None and self.can_multiply(shape):
                 return self.multiplied(shape)
             room = self.rooms(shape).product
         if scales is not None:
-            vectors = [vector * scale for vector, scale in zip(vectors, scales)]
+            vectors = [
+                torch.mul(vector, scale, out=vector if in_place else None)
+                for vector, scale in zip(vectors, scales)
+            ]
+            if in_place:
+                self.held = None  # overwritten now
 
         pairs = combinations_with_replacement(vectors, 2)
-        found = [torch.mul(v, w, out=room).sum((1, 3)) for v, w in pairs]
+        found = [self.reduced(torch.sum, torch.mul(v, w, out=room)) for v, w in pairs]
         return symmetric(found, len(vectors)).to(self.job.wide_dtype)
+
+    def reduced(
+        self, reduction: Callable[..., torch.Tensor], elements: torch.Tensor
+    ) -> torch.Tensor:
+        """One value a vector, `(outer, inner)`, of its elements."""
+        _, length, inner, _ = elements.shape
+        even = length - length % _LONGEST_REDUCTION
+        if not self.mixes or inner == 1 or even == 0:
+            return reduction(elements, (1, 3))
+        runs = elements[:, :even].unflatten(1, (-1, _LONGEST_REDUCTION))
+        found = [reduction(runs, (2, 4))]
+        if even < length:
+            found.append(reduction(elements[:, even:], (1, 3)).unsqueeze(1))
+        return reduction(torch.cat(found, 1), 1)
 
     def can_multiply(self, shape: torch.Size) -> bool:
         """Whether `multiplied` is as exact as sums of products, and faster."""

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import cycle
+from math import prod
 from typing import Any
 from unittest import mock
 
@@ -28,6 +29,8 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_rounded_once, granularities, oracle, reference, vectors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mergekit_nuslerp import kernel, nuslerp, streaming
 from mergekit_nuslerp.kernel import NonFiniteError
@@ -906,6 +909,19 @@ def test_extreme_values_in_pieces(monkeypatch, granularity):
         assert_rounded_once(result, tensors, [0.3, 0.7], base, granularity)
 
 
+def as_on_an_accelerator(monkeypatch):
+    """One worker, whose operations widen their inputs."""
+    start = streaming.Worker.__init__
+
+    def mixing(self, job, dtype, rows):
+        start(self, job, dtype, rows)
+        self.mixes = rows is not None
+
+    monkeypatch.setattr(streaming.Worker, "__init__", mixing)
+    monkeypatch.setattr(streaming, "_MAX_THREADS", 1)
+    monkeypatch.setattr(streaming, "_SPARE", [])
+
+
 @all_granularities
 @with_and_without_base
 @all_magnitudes
@@ -914,13 +930,7 @@ def test_operations_that_widen_inputs_themselves(
     monkeypatch, granularity, with_base, magnitude, dtype
 ):
     """As on an accelerator, and with coefficients in the thousands."""
-    start = streaming.Worker.__init__
-
-    def mixing(self, job, dtype, rows):
-        start(self, job, dtype, rows)
-        self.mixes = rows is not None
-
-    monkeypatch.setattr(streaming.Worker, "__init__", mixing)
+    as_on_an_accelerator(monkeypatch)
     monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", 4096)
     tensors, base = models(64, 65, with_base=with_base, dtype=dtype)
     if base is not None:  # a fine-tune that hardly changed a thing
@@ -933,6 +943,59 @@ def test_operations_that_widen_inputs_themselves(
     assert_rounded_once(
         result, tensors, [0.3, 0.7], base, granularity, magnitude=magnitude
     )
+
+
+class Watch(TorchDispatchMode):
+    """The bytes of new tensors, and the longest runs across memory that are reduced.
+
+    Of many such runs side by side, as CUDA keeps something for each of them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.allocated, self.longest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
+        for tensor in tensors_in(found):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                self.allocated.append(storage.nbytes())
+        if func in (torch.ops.aten.sum.dim_IntList, torch.ops.aten.amax.default):
+            elements = args[0]
+            reduced = {dim % elements.ndim for dim in args[1]}
+            dims = [dim for dim, size in enumerate(elements.shape) if size > 1]
+            across = dims and min(dims, key=elements.stride) not in reduced
+            if across and found.numel() > 64:
+                length = prod(elements.shape[dim] for dim in reduced)
+                self.longest = max(self.longest, length)
+        return found
+
+
+def tensors_in(values):
+    return [v for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column", "column:4"])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(dtype, 1) for dtype in DTYPES] + [(torch.bfloat16, 1e-30)]
+)
+def test_an_accelerator_provides_scratch_and_little_else(
+    monkeypatch, granularity, dtype, scale
+):
+    """CUDA needs memory of its own to reduce long runs across memory."""
+    as_on_an_accelerator(monkeypatch)
+    monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", 3 * 8 * 400 * 512)
+    tensors, _ = models(600, 512, dtype=dtype)
+    tensors = [scale * tensor for tensor in tensors]
+    with Watch() as watch:
+        result = nuslerp(tensors, [0.3, 0.7], granularity=granularity)
+    assert_rounded_once(result, tensors, [0.3, 0.7], None, granularity)
+    known = {result.nbytes, streaming._SCRATCH_BYTES_CPU}
+    assert known <= set(watch.allocated)
+    assert max(set(watch.allocated) - known) < result.nbytes / 5
+    assert watch.longest <= 256
 
 
 @all_granularities
