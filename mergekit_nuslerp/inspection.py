@@ -95,6 +95,7 @@ class TensorGeometry(BaseModel):
     """What decides the merge of one tensor."""
 
     name: str
+    stack: str | None = Field(description="the name up to the layer's number, or null")
     layer: int | None = Field(description="the layer's number, null outside of layers")
     projection: str = Field(description="the name without layer number and 'weight'")
     shape: list[int]
@@ -338,6 +339,7 @@ def _described(
     layer = re.search(r"\.(\d+)\.", stem)
     return TensorGeometry(
         name=planned.name,
+        stack=stem[: layer.start()] if layer else None,
         layer=int(layer[1]) if layer else None,
         projection=stem[layer.end() :] if layer else stem,
         shape=list(inputs[0].shape),

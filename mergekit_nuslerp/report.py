@@ -40,6 +40,9 @@ _LABEL = 26
 # Of long lists, as many are named.
 _NAMED = 3
 
+# A stack of layers, if in one, and a tensor's or several tensors' name there.
+_Place = tuple[str, str]
+
 
 def text(inspection: Inspection, *, full: bool = False) -> str:
     """What a terminal shows: tables, then what they say in words, then warnings.
@@ -98,40 +101,53 @@ def _heading(inspection: Inspection, names: Mapping[str, str]) -> str:
 
 def _overview(inspection: Inspection) -> list[str]:
     tensors = inspection.tensors
-    labels = _labels({_kind(tensor) for tensor in tensors})
+    labels = _labels(map(_kind, tensors))
     return [*_by_layer(inspection, labels), _by_part(inspection, labels)]
 
 
-def _by_layer(inspection: Inspection, labels: Mapping[str, str]) -> list[str]:
+def _by_layer(inspection: Inspection, labels: Mapping[_Place, str]) -> Iterator[str]:
     """The angles of the layers' matrices: a row a layer, a column a projection."""
-    angles: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    stacks: dict[str, list[TensorGeometry]] = defaultdict(list)
     for tensor in inspection.tensors:
-        if tensor.layer is not None and len(tensor.shape) > 1:
-            angle = _widest(tensor)
-            angles[_kind(tensor)][tensor.layer] += [] if angle is None else [angle]
+        if tensor.stack is not None and len(tensor.shape) > 1:
+            stacks[tensor.stack].append(tensor)
+    for stack, tensors in stacks.items():
+        title = f"{_angle_title(inspection)}, degrees"
+        if len(stacks) > 1:
+            title += f", in {stack}"
+        yield from _layers(title, tensors, labels)
+
+
+def _layers(
+    title: str, tensors: Sequence[TensorGeometry], labels: Mapping[_Place, str]
+) -> Iterator[str]:
+    angles: dict[_Place, dict[int, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for tensor in tensors:
+        assert tensor.layer is not None
+        angle = _widest(tensor)
+        angles[_kind(tensor)][tensor.layer] += [] if angle is None else [angle]
     labels = {kind: _cut(labels[kind], _LABEL) for kind in angles}
     layers = sorted({layer for column in angles.values() for layer in column})
-    title = f"{_angle_title(inspection)}, degrees"
 
-    def cell(kind: str, layer: int) -> str:
+    def cell(kind: _Place, layer: int) -> str:
         """Empty where the layer has no such weight."""
         found = angles[kind].get(layer)
         return "" if found is None else _figure(_median(found))
 
-    tables = []
     for kinds in _fitting({kind: max(len(labels[kind]), 5) for kind in angles}):
         heading = ["layer", *(labels[kind] for kind in kinds)]
         rows = [
             [str(layer), *(cell(kind, layer) for kind in kinds)] for layer in layers
         ]
-        tables.append(_table(title, heading, rows))
+        yield _table(title, heading, rows)
         title = ""  # is above the first
-    return tables
 
 
-def _fitting(widths: Mapping[str, int]) -> list[list[str]]:
+def _fitting(widths: Mapping[_Place, int]) -> list[list[_Place]]:
     """Share columns out to as many tables as it takes."""
-    groups: list[list[str]] = []
+    groups: list[list[_Place]] = []
     left = 0
     for column, width in widths.items():
         if width + 2 > left:
@@ -142,7 +158,8 @@ def _fitting(widths: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def _by_part(inspection: Inspection, labels: Mapping[str, str]) -> str:
+def _by_part(inspection: Inspection, labels: Mapping[_Place, str]) -> str:
+    labels = _with_stacks(labels)
     rows = []
     for kind, tensors in _grouped(inspection.tensors).items():
         angles = [pair.angle for t in tensors for pair in t.pairs if pair.angle]
@@ -173,7 +190,7 @@ def _by_part(inspection: Inspection, labels: Mapping[str, str]) -> str:
 
 def _every_tensor(inspection: Inspection) -> list[str]:
     tensors = inspection.tensors
-    labels = _labels({tensor.projection for tensor in tensors})
+    labels = _with_stacks(_labels(map(_place, tensors)))
     many = len(inspection.models) > 2
     varies = len({tensor.t for tensor in tensors}) > 1
     heading = ["layer", "part", *["pair"] * many, *["t"] * varies]
@@ -184,7 +201,7 @@ def _every_tensor(inspection: Inspection) -> list[str]:
         for pair in tensor.pairs:
             angle = pair.angle
             row = ["" if tensor.layer is None else str(tensor.layer)]
-            row.append(labels[tensor.projection])
+            row.append(labels[_place(tensor)])
             row += [f"{numbers[pair.first]}-{numbers[pair.second]}"] * many
             row += [_figure(tensor.t)] * varies
             for quantile in ("p5", "p50", "p95"):
@@ -276,7 +293,7 @@ def _on_angles(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str
 def _on_zero(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
     state = "zero" if inspection.base is None else "unchanged"
     kinds = _grouped(inspection.tensors)
-    labels = _labels(kinds)
+    labels = _with_stacks(_labels(kinds))
     for model in inspection.models:
         whole: list[TensorGeometry] = []
         some: list[TensorGeometry] = []
@@ -575,13 +592,20 @@ def _is_zero(part: Part, tensor: TensorGeometry) -> bool:
     return part.zero == tensor.vectors
 
 
-def _kind(tensor: TensorGeometry) -> str:
+def _place(tensor: TensorGeometry) -> _Place:
+    return tensor.stack or "", tensor.projection
+
+
+def _kind(tensor: TensorGeometry) -> _Place:
     """The part of the model, the same for all layers and experts."""
-    return re.sub(r"\.\d+(?=\.)", ".*", tensor.projection)
+    stack, projection = _place(tensor)
+    return stack, re.sub(r"\.\d+(?=\.)", ".*", projection)
 
 
-def _grouped(tensors: Iterable[TensorGeometry]) -> dict[str, list[TensorGeometry]]:
-    groups: dict[str, list[TensorGeometry]] = defaultdict(list)
+def _grouped(
+    tensors: Iterable[TensorGeometry],
+) -> dict[_Place, list[TensorGeometry]]:
+    groups: dict[_Place, list[TensorGeometry]] = defaultdict(list)
     for tensor in tensors:
         groups[_kind(tensor)].append(tensor)
     return groups
@@ -600,9 +624,43 @@ def _largest(tensor: TensorGeometry) -> float:
 # --- Wording -----------------------------------------------------------------------
 
 
-def _labels(names: Iterable[str]) -> dict[str, str]:
-    """For each dotted name the shortest end that it alone has and that says enough."""
-    return _shortest(names, ".", never=r"bias|\*.*")
+def _labels(places: Iterable[_Place]) -> dict[_Place, str]:
+    """For each the shortest end of its name that it alone has and that says enough.
+
+    Where there are several stacks of layers, it alone in its stack.
+    """
+    places = list(dict.fromkeys(places))
+    several = len(_stacks(places)) > 1
+    groups: dict[str, list[_Place]] = defaultdict(list)
+    for place in places:
+        groups[place[0] if several else ""].append(place)
+    labels: dict[_Place, str] = {}
+    for group in groups.values():
+        short = _shortest({part for _, part in group}, ".", never=r"bias|\*.*")
+        labels |= {place: short[place[1]] for place in group}
+    return labels
+
+
+def _with_stacks(labels: Mapping[_Place, str]) -> dict[_Place, str]:
+    """Labels that also name the stack of layers, where there are several."""
+    stacks = _stacks(labels)
+    if len(stacks) < 2:
+        return dict(labels)
+    # Such as encoder of model.encoder.layers, by the first word that differs.
+    words = [stack.split(".") for stack in stacks]
+    differs = (n for n, same in enumerate(zip(*words)) if len(set(same)) > 1)
+    first = next(differs, 0)
+    named = {".".join(parts): parts[first] for parts in words}
+    if len(set(named.values())) < len(named):
+        named = {stack: stack for stack in stacks}
+    return {
+        place: f"{named[place[0]]}: {label}" if place[0] else label
+        for place, label in labels.items()
+    }
+
+
+def _stacks(places: Iterable[_Place]) -> list[str]:
+    return list(dict.fromkeys(stack for stack, _ in places if stack))
 
 
 def _short_names(inspection: Inspection) -> dict[str, str]:

@@ -300,6 +300,7 @@ def measured(
     base: torch.Tensor | None = None,
     granularity: str = "row",
     magnitude: Any = "slerp",
+    name: str = "model.layers.3.mlp.up_proj.weight",
 ) -> TensorGeometry:
     """The record of a tensor made up here."""
     models = [ModelReference.parse(f"model-{index}") for index in range(len(tensors))]
@@ -308,7 +309,7 @@ def measured(
     if origin is not None and base is not None:
         state[origin] = base
     planned = plan(
-        "model.layers.3.mlp.up_proj.weight",
+        name,
         dict(zip(models, weights)),
         base=origin,
         granularity=granularity,
@@ -333,7 +334,8 @@ def test_counts_of_special_vectors() -> None:
     assert pair.angle.smallest == 0
     assert pair.angle.p50 == pytest.approx(math.pi / 2)
     assert pair.angle.largest == pytest.approx(math.pi)
-    assert (found.layer, found.projection) == (3, "mlp.up_proj")
+    assert (found.stack, found.layer) == ("model.layers", 3)
+    assert found.projection == "mlp.up_proj"
 
 
 def test_vectors_that_cancel_have_no_unique_mean() -> None:
@@ -499,7 +501,9 @@ def test_what_one_model_left_unchanged(small: Path) -> None:
 def test_a_layer_without_a_weight_that_others_have() -> None:
     record = measured([*torch.randn(2, 4, 4)], [1, 1])
     tensors = [
-        record.model_copy(update={"layer": layer, "projection": projection})
+        record.model_copy(
+            update={"stack": "layers", "layer": layer, "projection": projection}
+        )
         for layer, projection in ((0, "router"), (0, "up_proj"), (1, "up_proj"))
     ]
     assert "vector is zero" not in report.text(made_up(tensors))
@@ -716,6 +720,7 @@ def test_tables_fit_the_width(
         (flat if "norm" in projection or "bias" in projection else record).model_copy(
             update={
                 "name": f"model.layers.{layer}.{projection}.weight",
+                "stack": "model.layers",
                 "layer": layer,
                 "projection": projection,
             }
@@ -732,6 +737,49 @@ def test_tables_fit_the_width(
     bands = len(re.findall("^layer  ", overview, re.MULTILINE))
     for layer in layers:
         assert len(re.findall(rf"^{layer:>5}  ", overview, re.MULTILINE)) == bands
+
+
+def at_angles(names: list[str]) -> Inspection:
+    """Weights of these names, the first at 10 degrees, the next at 11, ..."""
+    tensors = []
+    for degrees, name in enumerate(names, 10):
+        angle = torch.tensor(math.radians(degrees), dtype=torch.float64)
+        one, other = torch.eye(2, dtype=torch.float64).unsqueeze(1)
+        turned = angle.cos() * one + angle.sin() * other
+        tensors.append(measured([one, turned], [1, 1], name=f"{name}.weight"))
+    return made_up(tensors)
+
+
+@pytest.mark.parametrize(
+    ("stacks", "shown"),
+    [
+        (("encoder.block", "decoder.block"), ("encoder", "decoder")),
+        (("model.visual.blocks", "model.text.layers"), ("visual", "text")),
+        (("layers", "layers.more"), ("layers", "layers.more")),
+    ],
+)
+def test_stacks_of_layers_stay_apart(
+    stacks: tuple[str, str], shown: tuple[str, str]
+) -> None:
+    parts = ("attn.q", "attn.k", "cross.k")
+    first, second = (
+        [f"{stack}.{layer}.{part}" for layer in range(2) for part in parts]
+        for stack in stacks
+    )
+    found = at_angles(["shared", *first, *second])
+    text = report.text(found)
+    for stack, start in zip(stacks, (11, 17)):
+        rows = [" ".join(f"{start + 3 * n + k}.0" for k in range(3)) for n in range(2)]
+        assert (
+            f"between the weights, degrees, in {stack} layer q attn.k cross.k "
+            f"0 {rows[0]} 1 {rows[1]} "
+        ) in words(text)
+    for name, middle in zip(shown, ("12.5", "18.5")):
+        assert re.search(rf"^{name}: q +2 .* {middle} ", text, re.MULTILINE)
+    assert re.search(r"^shared +1 +10\.0 ", text, re.MULTILINE)
+    full = report.text(found, full=True)
+    for name, last in zip(shown, ("14.0", "20.0")):
+        assert re.search(rf"^ +1  {name}: q +{last} ", full, re.MULTILINE)
 
 
 # --- Bad input ---------------------------------------------------------------------

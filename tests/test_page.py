@@ -101,6 +101,7 @@ def tensor(
     )
     return TensorGeometry(
         name=name,
+        stack=None if layer is None else "model.layers",
         layer=layer,
         projection=projection,
         shape=[vectors, 64] if many else [64],
