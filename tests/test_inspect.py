@@ -940,6 +940,23 @@ def test_weights_that_cannot_be_merged(
     }
 
 
+def test_vocabularies_cut_as_the_merge_cuts_them(small: Path, tmp_path: Path) -> None:
+    def longer(name: str, weight: torch.Tensor) -> torch.Tensor:
+        vocabulary = "embed_tokens" in name or "lm_head" in name
+        return torch.cat([weight, weight[:3]]) if vocabulary else weight
+
+    altered(small, tmp_path, longer)
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    if TAKES_NAMES:  # mergekit 0.1.4 cuts them unasked
+        assert_refused(command(tmp_path, "config.yaml"), r"differs in shape: .*\./kd")
+    words = ("config.yaml", "--unsafe-truncate-embeddings", "--csv", "table.csv")
+    done = command(tmp_path, *words)
+    assert done.exit_code == 0, done.stderr
+    whole = command(small, tmp_path / "config.yaml", "--csv", tmp_path / "whole.csv")
+    assert whole.exit_code == 0, whole.stderr
+    assert (tmp_path / "table.csv").read_text() == (tmp_path / "whole.csv").read_text()
+
+
 def test_integers_are_left_alone_where_they_agree() -> None:
     models = [ModelReference.parse(name) for name in ("a", "b")]
     planned = plan("positions", dict.fromkeys(models, 1.0))
