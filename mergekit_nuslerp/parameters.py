@@ -354,9 +354,9 @@ def check_models(
         )
     elif base is not None and len(models) == MIN_MODELS:
         remedy = (
-            f"The base model {base} is one of the two models listed. To interpolate "
-            "the two, remove `base_model`; to merge task vectors, list two models "
-            "besides it."
+            f"Besides the base model {base} there is only {others[0]}. To interpolate "
+            "the two, remove `base_model`; to merge task vectors, list two different "
+            "models besides it: one that is listed twice counts once."
         )
     else:
         remedy = (

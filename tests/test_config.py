@@ -246,7 +246,7 @@ def test_three_models_of_different_signs(config, refused):
 def test_a_base_that_is_one_of_the_two(config, refused):
     config["base_model"] = "./sft"
     message = refused(config)
-    assert_names(message, "base model ./sft is one of the two", "./kd")
+    assert_names(message, "Besides the base model ./sft there is only ./kd")
     assert_names(message, "remove `base_model`")
 
 
