@@ -108,6 +108,7 @@ class TensorGeometry(BaseModel):
     t: float | None = Field(description="of two models: 0 is the first, 1 the second")
     vectors: int
     parts: list[Part]
+    absent: list[str] = Field(description="models that do not have the tensor")
     pairs: list[Pair]
     norm_ratio: float | None = Field(
         description="largest over smallest norm of a part; null where that is zero"
@@ -214,10 +215,14 @@ def inspect(
         mergekit_nuslerp=mergekit_nuslerp.__version__,
         mergekit=mergekit_version(),
         base=None if base is None else str(base),
-        models=list(dict.fromkeys(p.model for tensor in tensors for p in tensor.parts)),
+        models=list(dict.fromkeys(name for t in tensors for name in _models(t))),
         tensors=tensors,
         skipped=[entry for entry in in_order if isinstance(entry, Skipped)],
     )
+
+
+def _models(tensor: TensorGeometry) -> list[str]:
+    return [*(part.model for part in tensor.parts), *tensor.absent]
 
 
 def _check_files(loaders: LoaderCache, model: ModelReference) -> None:
@@ -359,6 +364,7 @@ def _described(
             )
             for index, model in enumerate(models)
         ],
+        absent=[str(model) for model in planned.weights if model not in models],
         pairs=[
             _pair(models, grams, first, second, tolerance)
             for first, second in combinations(range(count), 2)

@@ -357,6 +357,7 @@ def _on_departure(inspection: Inspection) -> Iterator[str]:
 
 def _warnings(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
     yield from _warn_of_same(inspection, names)
+    yield from _warn_of_absent(inspection, names)
     yield from _warn_of_linear(inspection)
     yield from _warn_of_zero(inspection, names)
     yield from _warn_of_ratio(inspection, names)
@@ -383,6 +384,18 @@ def _same(tensor: TensorGeometry, pair: Pair) -> bool:
     first, second = (_norm(tensor, model) for model in (pair.first, pair.second))
     angle = 0.0 if pair.angle is None else pair.angle.largest
     return abs(first - second) <= 1e-9 * first and angle < 1e-6
+
+
+def _warn_of_absent(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
+    without: dict[str, list[TensorGeometry]] = defaultdict(list)
+    for tensor in inspection.tensors:
+        for model in tensor.absent:
+            without[model].append(tensor)
+    for model, tensors in without.items():
+        yield (
+            f"{names[model]} does not have {_listed(tensors)}. The others' weights "
+            "decide alone there."
+        )
 
 
 def _warn_of_linear(inspection: Inspection) -> Iterator[str]:

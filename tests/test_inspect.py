@@ -957,6 +957,22 @@ def test_vocabularies_cut_as_the_merge_cuts_them(small: Path, tmp_path: Path) ->
     assert (tmp_path / "table.csv").read_text() == (tmp_path / "whole.csv").read_text()
 
 
+def test_a_tensor_that_one_of_three_models_does_not_have() -> None:
+    models = [ModelReference.parse(name) for name in ("a", "b", "c")]
+    task = inspection._Measure(planned=plan("head", dict(zip(models, (1.0, 2.0, 3.0)))))
+    a, b, c = torch.randn(3, 4, 4)
+    whole = task.execute(dict(zip(models, (a, b, c))))
+    found = task.execute({models[2]: c, models[0]: a})
+    assert whole.absent == [] and found.absent == ["b"]
+    assert [(part.model, part.weight) for part in found.parts] == [
+        ("a", 0.25),
+        ("c", 0.75),
+    ]
+    text = words(report.text(made_up([found], models=["a", "b", "c"])))
+    assert "warning: b does not have tensor head. The others' weights" in text
+    assert "does not have" not in report.text(made_up([whole]))
+
+
 def test_integers_are_left_alone_where_they_agree() -> None:
     models = [ModelReference.parse(name) for name in ("a", "b")]
     planned = plan("positions", dict.fromkeys(models, 1.0))

@@ -121,6 +121,7 @@ def tensor(
             )
             for index, model in enumerate(models)
         ],
+        absent=[],
         pairs=[
             Pair(
                 first=first,
