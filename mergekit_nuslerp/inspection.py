@@ -107,6 +107,7 @@ class TensorGeometry(BaseModel):
     )
     t: float | None = Field(description="of two models: 0 is the first, 1 the second")
     vectors: int
+    base: str | None = Field(description="null where no task vectors are merged")
     parts: list[Part]
     absent: list[str] = Field(description="models that do not have the tensor")
     pairs: list[Pair]
@@ -139,7 +140,6 @@ class Inspection(BaseModel):
     schema_version: int = 1
     mergekit_nuslerp: str
     mergekit: str
-    base: str | None
     models: list[str]
     tensors: list[TensorGeometry]
     skipped: list[Skipped]
@@ -210,11 +210,9 @@ def inspect(
             progress(len(found), len(tasks))
     in_order = [found[task.planned.name] for task in tasks]
     tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
-    base = config.base_model
     return Inspection(
         mergekit_nuslerp=mergekit_nuslerp.__version__,
         mergekit=mergekit_version(),
-        base=None if base is None else str(base),
         models=list(dict.fromkeys(name for t in tensors for name in _models(t))),
         tensors=tensors,
         skipped=[entry for entry in in_order if isinstance(entry, Skipped)],
@@ -354,6 +352,7 @@ def _described(
         lambda_=planned.lambda_,
         t=float(weights[1]) if count == 2 else None,
         vectors=len(grams),
+        base=None if planned.base is None else str(planned.base),
         parts=[
             Part(
                 model=str(model),

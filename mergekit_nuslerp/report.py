@@ -10,7 +10,8 @@ import io
 import re
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from math import atan2, ceil, cos, degrees, floor, log10, sin
 from statistics import median
 from typing import Any
@@ -68,20 +69,23 @@ def _heading(inspection: Inspection, names: Mapping[str, str]) -> str:
     tensors = inspection.tensors
     lines = [
         f"mergekit-nuslerp {inspection.mergekit_nuslerp}, mergekit "
-        f"{inspection.mergekit}: {_count(tensors, 'tensor')} to merge"
+        f"{inspection.mergekit}: {_count(len(tensors), 'tensor')} to merge"
     ]
     for number, model in enumerate(inspection.models, 1):
         parts = [part for tensor in tensors if (part := _part(tensor, model))]
         line = f"{number}  {names[model]}"
         if parts:
             line += f"  weight {_range(part.weight for part in parts)}"
-        changes = [p.relative_norm for p in parts if p.relative_norm]
-        if changes:
-            among = "median" if len(changes) == len(parts) else "median where not zero"
+        changes = [p.relative_norm for p in parts if p.relative_norm is not None]
+        if any(changes):
+            among = "median" if all(changes) else "median where not zero"
+            changes = list(filter(None, changes))
             line += f", task vectors {_percent(median(changes))} of the base ({among})"
         lines.append(line)
-    if inspection.base is not None:
-        lines.append(f"   {names[inspection.base]}  base")
+    for base, count in Counter(tensor.base for tensor in tensors).items():
+        if base is not None:
+            where = "" if count == len(tensors) else f" of {_count(count, 'tensor')}"
+            lines.append(f"   {names[base]}  base{where}")
     if tensors:
         scales = [tensor.lambda_ for tensor in tensors]
         chosen = [] if set(scales) == {1} else [f"lambda {_range(scales)}"]
@@ -217,7 +221,7 @@ def _every_tensor(inspection: Inspection) -> list[str]:
 
 
 def _angle_title(inspection: Inspection, *, all_pairs: bool = False) -> str:
-    what = _vectors(inspection)
+    what = _vectors(inspection.tensors)
     title = f"Angle between the {what}"
     if len(inspection.models) > 2 and not all_pairs:
         title = f"Largest angle between two models' {what}"
@@ -261,15 +265,16 @@ def _sentences(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str
 
 
 def _on_angles(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
-    found: dict[tuple[str, str], list[tuple[float, TensorGeometry, float]]]
+    found: dict[tuple[str, str, str], list[tuple[float, TensorGeometry, float]]]
     found = defaultdict(list)
     for tensor in inspection.tensors:
         for pair in tensor.pairs:
             if pair.angle is not None:
                 ends = (pair.first, pair.second)
                 first, second = (_norm(tensor, model) for model in ends)
-                found[ends].append((degrees(pair.angle.p50), tensor, second / first))
-    for (one, other), entries in found.items():
+                entry = (degrees(pair.angle.p50), tensor, second / first)
+                found[pair.first, pair.second, _vectors([tensor])].append(entry)
+    for (one, other, what), entries in found.items():
         smallest, largest = (
             pick(entries, key=lambda entry: entry[0]) for pick in (min, max)
         )
@@ -285,24 +290,27 @@ def _on_angles(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str
             )
         ratio = median(ratio for _, _, ratio in entries)
         yield (
-            f"{line}; the latter's {_vectors(inspection)} are "
-            f"{_figure(ratio)} times as long (median)."
+            f"{line}; the latter's {what} are {_figure(ratio)} times as long (median)."
         )
 
 
 def _on_zero(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
-    state = "zero" if inspection.base is None else "unchanged"
     kinds = _grouped(inspection.tensors)
     labels = _with_stacks(_labels(kinds))
-    for model in inspection.models:
+    for model, (state, has_base) in product(
+        inspection.models, (("unchanged", True), ("zero", False))
+    ):
         whole: list[TensorGeometry] = []
         some: list[TensorGeometry] = []
+        held = 0
         for tensor in inspection.tensors:
             part = _part(tensor, model)
-            if part is not None and part.zero:
+            if part is None or (tensor.base is not None) != has_base:
+                continue
+            held += 1
+            if part.zero:
                 (whole if _is_zero(part, tensor) else some).append(tensor)
-        held = [tensor for tensor in inspection.tensors if _part(tensor, model)]
-        if whole and len(whole) == len(held):
+        if whole and len(whole) == held:
             yield f"All {_count(held, 'tensor')} {state} in {names[model]}."
         elif whole:
             listed = [
@@ -310,14 +318,14 @@ def _on_zero(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
                 for kind, group in _grouped(whole).items()
             ]
             yield (
-                f"{_count(whole, 'tensor')} of {len(held)} {state} in {names[model]}: "
+                f"{_count(len(whole), 'tensor')} of {held} {state} in {names[model]}: "
                 f"{', '.join(listed)}."
             )
         if some:
             zero = sum(part.zero for t in some if (part := _part(t, model)))
             yield (
                 f"{zero} of the {sum(tensor.vectors for tensor in some)} vectors of "
-                f"{_count(some, 'other tensor')} {state} in {names[model]}."
+                f"{_count(len(some), 'other tensor')} {state} in {names[model]}."
             )
 
 
@@ -411,13 +419,15 @@ def _warn_of_linear(inspection: Inspection) -> Iterator[str]:
 
 def _warn_of_zero(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
     """Where only one model has a vector, the length that the others leave it."""
-    alone: dict[tuple[str, str], list[tuple[Part, TensorGeometry]]] = defaultdict(list)
+    alone: dict[tuple[str, str, str], list[tuple[Part, TensorGeometry]]]
+    alone = defaultdict(list)
     for tensor in inspection.tensors:
         present = [part for part in tensor.parts if not _is_zero(part, tensor)]
         if len(present) == 1 and tensor.length is not None and present[0].weight:
-            alone[present[0].model, tensor.magnitude].append((present[0], tensor))
-    what = "task vector" if inspection.base is not None else "weight"
-    for (model, magnitude), entries in alone.items():
+            what = _vectors([tensor], 1)
+            key = (present[0].model, tensor.magnitude, what)
+            alone[key].append((present[0], tensor))
+    for (model, magnitude, what), entries in alone.items():
         shares = [part.weight * (tensor.length or 0) for part, tensor in entries]
         weights = [part.weight for part, _ in entries]
         if all(abs(s - w) <= _LINEAR * abs(w) for s, w in zip(shares, weights)):
@@ -451,10 +461,10 @@ def _warn_of_ratio(inspection: Inspection, names: Mapping[str, str]) -> Iterator
             f"{_percent(worst.t)}."
         )
     yield (
-        f"in {_count(affected, 'tensor')} of {len(inspection.tensors)} one model's "
-        f"{_vectors(inspection, 1)} is more than twice as long as another's: most in "
-        f"{_name(worst)}, {names[long.model]}'s {_figure(worst.norm_ratio)} times as "
-        f"long as {names[short.model]}'s. Magnitude slerp turns further towards the "
+        f"in {_count(len(affected), 'tensor')} of {len(inspection.tensors)} one "
+        f"model's {_vectors(affected, 1)} is more than twice as long as another's: "
+        f"most in {_name(worst)}, {names[long.model]}'s {_figure(worst.norm_ratio)} "
+        f"times as long as {names[short.model]}'s. Magnitude slerp turns further towards the "
         f"longer one than the weights say.{example}"
         + ("" if outside else _remedy(inspection, "turns as far as they say"))
     )
@@ -491,7 +501,7 @@ def _warn_of_outside(inspection: Inspection, names: Mapping[str, str]) -> Iterat
         )
     short = [t for t in outside if t.magnitude == "linear" and t.length is None]
     if short:
-        left = "the base" if inspection.base is not None else "zeros"
+        left = "zeros" if any(t.base is None for t in short) else "the base"
         yield (
             f"in {_listed(short)} the weighted mean of the lengths is not above zero. "
             f"Magnitude linear leaves {left} there."
@@ -677,8 +687,8 @@ def _stacks(places: Iterable[_Place]) -> list[str]:
 
 
 def _short_names(inspection: Inspection) -> dict[str, str]:
-    base = [] if inspection.base is None else [inspection.base]
-    return _shortest([*inspection.models, *base], "/")
+    bases = (tensor.base for tensor in inspection.tensors if tensor.base)
+    return _shortest(dict.fromkeys([*inspection.models, *bases]), "/")
 
 
 def _shortest(names: Iterable[str], separator: str, never: str = "") -> dict[str, str]:
@@ -702,13 +712,17 @@ def _shortest(names: Iterable[str], separator: str, never: str = "") -> dict[str
     }
 
 
-def _vectors(inspection: Inspection, count: int = 2) -> str:
-    what = "weight" if inspection.base is None else "task vector"
+def _vectors(tensors: Iterable[TensorGeometry], count: int = 2) -> str:
+    """What is merged: of task vectors and weights the word for both."""
+    with_base = {tensor.base is not None for tensor in tensors}
+    what = "vector"
+    if len(with_base) == 1:
+        what = "task vector" if with_base.pop() else "weight"
     return what if count == 1 else f"{what}s"
 
 
-def _count(entries: Collection[Any], noun: str) -> str:
-    return f"{len(entries)} {noun}{'' if len(entries) == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _of(count: int, total: int) -> str:

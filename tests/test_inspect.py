@@ -664,7 +664,6 @@ def made_up(tensors: list[TensorGeometry], **rest: Any) -> Inspection:
     return Inspection(
         mergekit_nuslerp="0",
         mergekit="0.1.5",
-        base=None,
         **{"models": models, "tensors": tensors, "skipped": [], **rest},
     )
 
@@ -737,6 +736,31 @@ def test_tables_fit_the_width(
     bands = len(re.findall("^layer  ", overview, re.MULTILINE))
     for layer in layers:
         assert len(re.findall(rf"^{layer:>5}  ", overview, re.MULTILINE)) == bands
+
+
+def test_slices_with_a_base_of_their_own(small: Path) -> None:
+    """Task vectors in one layer, weights in the other: words for each."""
+    weights = {"sft": 0.3, "kd": 0.7}
+    config = {
+        "merge_method": "nuslerp",
+        "dtype": "bfloat16",
+        "slices": [
+            {**slice_of(0, weights, "base"), "base_model": "./base"},
+            slice_of(1, weights),
+        ],
+    }
+    found, text = shown(config, small)
+    with_base = [tensor for tensor in found.tensors if tensor.base]
+    assert {tensor.base for tensor in with_base} == {"./base"}
+    assert {t.layer for t in found.tensors if not t.base} >= {1}
+    assert {t.layer for t in with_base} >= {0} and 1 not in {t.layer for t in with_base}
+    text = words(text)
+    assert f" base base of {len(with_base)} tensors " in text
+    assert "Angle between the vectors, degrees" in text
+    assert "the latter's task vectors are" in text
+    assert "the latter's weights are" in text
+    assert " unchanged in kd: " in text and " zero in kd" not in text
+    assert "only sft has a task vector that is not zero" in text
 
 
 def at_angles(names: list[str]) -> Inspection:

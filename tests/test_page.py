@@ -111,6 +111,7 @@ def tensor(
         lambda_=0.5,
         t=0.5 if len(models) == 2 else None,
         vectors=vectors,
+        base=None,
         parts=[
             Part(
                 model=model,
@@ -161,7 +162,6 @@ def inspection(models: Sequence[str], *, layers: int) -> Inspection:
     return Inspection(
         mergekit_nuslerp="0",
         mergekit="0",
-        base=None,
         models=list(models),
         tensors=[*tensors, head],
         skipped=[Skipped(name="position_ids", reason="its numbers are not fractional")],
