@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,10 +202,17 @@ def inspect(
             texts[csv] = report.table(inspection)
         write_together(texts)
     except (ImportError, OSError, ValueError) as error:
-        raise _Refused(textwrap.shorten(str(error), 500)) from error
+        raise _Refused(_shortened(str(error))) from error
     click.echo(report.text(inspection, full=full), nl=False)
     for path in outputs:
         click.echo(f"wrote {path}")
+
+
+def _shortened(message: str, most: int = 500) -> str:
+    """A message in one line; of a long one both ends, as either may say the reason."""
+    line = " ".join(message.split())
+    end = most // 2
+    return line if len(line) <= most else f"{line[:end]} [...] {line[-end:]}"
 
 
 def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
@@ -216,28 +221,34 @@ def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
     Raises:
         ImportError, OSError, ValueError: whatever was wrong, in one line.
     """
-    with config.open(encoding="utf-8") as file, _bar() as progress, _unannounced():
+    with config.open(encoding="utf-8") as file, _bar() as progress:
         import yaml
         from pydantic import ValidationError
         from safetensors import SafetensorError
 
         try:
-            content, *others = [*yaml.safe_load_all(file)] or [None]
+            source = file.read()
+            content, *others = [*yaml.safe_load_all(source)] or [None]
         except UnicodeDecodeError as error:
             raise ValueError(f"{config} is not a text in UTF-8: {error}") from error
         except yaml.YAMLError as error:
             raise ValueError(f"{config} is not YAML: {error}") from error
         if others:
-            raise ValueError(f"{config} is not a single config: it holds several")
+            raise ValueError(
+                f"{config} is not a single config: it holds {1 + len(others)}. Write "
+                "each to a file of its own"
+            )
 
         register()  # first, since mergekit 0.1.4's config is told of new parameters
         from mergekit.config import MergeConfiguration
         from mergekit.options import MergeOptions
 
         from mergekit_nuslerp.inspection import inspect
+        from mergekit_nuslerp.parameters import check_places
 
         try:
             parsed = MergeConfiguration.model_validate(content)
+            check_places(source)
             return inspect(parsed, MergeOptions(**options), progress=progress)
         except ValidationError as error:
             first = error.errors()[0]
@@ -252,21 +263,6 @@ def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
             TypeError,
         ) as error:
             raise ValueError(str(error)) from error
-
-
-@contextmanager
-def _unannounced() -> Iterator[None]:
-    """Keep back the line that says that the plugin merges: nothing is merged here."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return "merges here" not in record.msg
-
-    logger = logging.getLogger(__package__)
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
 
 
 @contextmanager

@@ -43,6 +43,11 @@ def normalize_weights(weights: torch.Tensor) -> torch.Tensor:
     return torch.where(vanishing, 1 / weights.shape[-1], scaled)
 
 
+def check_magnitude(magnitude: str) -> None:
+    if magnitude not in get_args(Magnitude):
+        raise ValueError(f"magnitude must be one of {get_args(Magnitude)}")
+
+
 def mean_coefficients(
     gram: torch.Tensor,
     weights: torch.Tensor,
@@ -85,8 +90,7 @@ def mean_coefficients(
         S. Buss and J. Fillmore, "Spherical averages and applications to spherical
         splines and interpolation", ACM Transactions on Graphics 20(2), 2001.
     """
-    if magnitude not in get_args(Magnitude):
-        raise ValueError(f"magnitude must be one of {get_args(Magnitude)}")
+    check_magnitude(magnitude)
     weights = weights.expand(gram.shape[:-1])
     squares = gram.diagonal(dim1=-2, dim2=-1)
     zero = squares == 0
@@ -147,7 +151,7 @@ def _slerp(
     cosine: torch.Tensor, weights: torch.Tensor, antipodal_tolerance: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two unit vectors: c_i = sin(w_i theta) / sin(theta), theta in radians."""
-    opposite = cosine <= _tolerance(cosine.dtype, antipodal_tolerance) - 1
+    opposite = cosine <= antipodal_bound(cosine.dtype, antipodal_tolerance) - 1
     unique = ~(opposite & (weights != 0).all(-1))
     linear = (cosine >= 1) | opposite
     cosine = torch.where(linear, 0, cosine)
@@ -191,7 +195,7 @@ def karcher_coefficients(
         Communications on Pure and Applied Mathematics 30(5), 1977.
         S. Buss and J. Fillmore (2001), for Newton's method on the sphere.
     """
-    tolerance = _tolerance(cosines.dtype, antipodal_tolerance)
+    tolerance = antipodal_bound(cosines.dtype, antipodal_tolerance)
     epsilon = torch.finfo(cosines.dtype).eps
     largest = (2 * max(tolerance, epsilon ** (1 / 4))) ** -0.5
     with torch.no_grad():
@@ -284,5 +288,5 @@ def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def _tolerance(dtype: torch.dtype, antipodal: float) -> float:
+def antipodal_bound(dtype: torch.dtype, antipodal: float) -> float:
     return max(antipodal, _GRAM_ROUNDING * torch.finfo(dtype).eps)

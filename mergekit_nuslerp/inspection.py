@@ -31,13 +31,19 @@ from safetensors import safe_open
 
 import mergekit_nuslerp
 from mergekit_nuslerp import plugin, register
-from mergekit_nuslerp.adapters.planning import Planned, agree
-from mergekit_nuslerp.geometry import mean_coefficients, normalize_weights
+from mergekit_nuslerp.adapters.planning import Planned, agree, has_vocabulary
+from mergekit_nuslerp.geometry import (
+    MIN_WEIGHT_SUM,
+    antipodal_bound,
+    mean_coefficients,
+    normalize_weights,
+)
 from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices
 from mergekit_nuslerp.parameters import (
     ConfigError,
     check_block,
     check_models,
+    filters,
     nonfinite,
     unlike_shapes,
 )
@@ -102,6 +108,7 @@ class TensorGeometry(BaseModel):
     dtype: str
     granularity: str
     magnitude: str
+    zero_sum: bool = Field(description="the weights sum to zero, so all are equal")
     lambda_: float = Field(
         validation_alias=AliasChoices("lambda", "lambda_"), serialization_alias="lambda"
     )
@@ -118,8 +125,8 @@ class TensorGeometry(BaseModel):
     linear: int = Field(description="vectors without a unique mean, merged linearly")
     departure: float | None = Field(
         description="distance between this merge and the linear one with the same "
-        "weights and lambda, over the linear one's length (of task vectors where "
-        "there is a base); null where that is zero"
+        "weights, over the linear one's length (of task vectors where there is a base, "
+        "and without lambda); null where that is zero"
     )
     length: float | None = Field(
         description="length of the merged (task) vector, without lambda, over the "
@@ -143,6 +150,11 @@ class Inspection(BaseModel):
     models: list[str]
     tensors: list[TensorGeometry]
     skipped: list[Skipped]
+    left_out: list[str] = Field(
+        description="modules of the models that the config does not mention, so that "
+        "the merged model will not have them"
+    )
+    unmatched: list[str] = Field(description="filters that no tensor's name contains")
 
 
 def inspect(
@@ -186,6 +198,11 @@ def inspect(
                 f"there is no module {module!r} in these models. Theirs are "
                 f"{', '.join(architecture.modules)}"
             )
+    left_out = [
+        name
+        for name in architecture.modules
+        if config.modules and name not in config.modules
+    ]
     planner = MergePlanner(
         config,
         architecture,
@@ -216,6 +233,12 @@ def inspect(
         models=list(dict.fromkeys(name for t in tensors for name in _models(t))),
         tensors=tensors,
         skipped=[entry for entry in in_order if isinstance(entry, Skipped)],
+        left_out=left_out,
+        unmatched=[
+            wanted
+            for wanted in dict.fromkeys(filters(config))
+            if not any(wanted in name for task in tasks for name in task.names())
+        ],
     )
 
 
@@ -244,7 +267,10 @@ def _check_files(loaders: LoaderCache, model: ModelReference) -> None:
             # Of what looks like a path, a hub only says that it is no name.
             is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
             file = f"there is no folder {path}"
-            reason = f"and no model of that name: {reason}" if is_name else ""
+            if is_name:
+                file += ", and the hub has no such model or cannot be asked"
+            else:
+                reason = ""
         where = " ".join(f"{file}: {reason}".strip(": ").split())
         raise ConfigError(f"model {model} cannot be read: {where}") from error
 
@@ -262,6 +288,13 @@ class _Measure(Task[Any]):
 
     def uses_accelerator(self) -> bool:
         return True
+
+    def names(self) -> set[str]:
+        """The tensor's name in the merge and in each model."""
+        tensors = self.planned.tensors
+        gather = getattr(tensors, "gather_tensors", tensors)
+        infos = getattr(gather, "weight_info", {})
+        return {self.planned.name, *(infos[model].name for model in infos)}
 
     def execute(  # type: ignore[override]
         self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
@@ -281,7 +314,11 @@ class _Measure(Task[Any]):
         shapes = {model: tensors[model].shape for model in tensors}
         shape, *others = shapes.values()
         if any(other != shape for other in others):
-            raise ConfigError(unlike_shapes(planned.name, shapes))
+            raise ConfigError(
+                unlike_shapes(
+                    planned.name, shapes, vocabulary=has_vocabulary(planned.info)
+                )
+            )
         check_block(planned.granularity, planned.name, shape)
         return measure(planned, tensors)
 
@@ -323,9 +360,10 @@ def _described(
     grams = grams.cpu()
     base_norm = None if base is None else float(grams[:, -1, -1].sum().sqrt())
     grams = grams[:, :count, :count]
-    weights = normalize_weights(
-        torch.tensor([planned.weights[model] for model in models], dtype=grams.dtype)
+    given_weights = torch.tensor(
+        [planned.weights[m] for m in models], dtype=grams.dtype
     )
+    weights = normalize_weights(given_weights)
     tolerance = torch.finfo(dtype).eps
     coefficients, unique = mean_coefficients(
         grams,
@@ -349,6 +387,7 @@ def _described(
         dtype=str(dtype).removeprefix("torch."),
         granularity=planned.granularity,
         magnitude=planned.magnitude,
+        zero_sum=abs(float(given_weights.sum())) < MIN_WEIGHT_SUM,
         lambda_=planned.lambda_,
         t=float(weights[1]) if count == 2 else None,
         vectors=len(grams),
@@ -365,7 +404,7 @@ def _described(
         ],
         absent=[str(model) for model in planned.weights if model not in models],
         pairs=[
-            _pair(models, grams, first, second, tolerance)
+            _pair(models, grams, first, second, antipodal_bound(grams.dtype, tolerance))
             for first, second in combinations(range(count), 2)
         ],
         norm_ratio=_ratio(float(norms.max()), float(norms.min())),

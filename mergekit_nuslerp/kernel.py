@@ -21,7 +21,12 @@ from typing import NamedTuple
 import torch
 
 from mergekit_nuslerp import loops
-from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM, Magnitude, normalize_weights
+from mergekit_nuslerp.geometry import (
+    MIN_WEIGHT_SUM,
+    Magnitude,
+    check_magnitude,
+    normalize_weights,
+)
 from mergekit_nuslerp.streaming import (
     Crew,
     Job,
@@ -194,6 +199,7 @@ def merge_batch(
         raise ValueError(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
+    check_magnitude(magnitude)
     job = Job.of(
         tensors,
         base,

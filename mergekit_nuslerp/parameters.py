@@ -9,11 +9,13 @@ mergekit resolves gradients and filters; what it resolves for one weight comes h
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, get_args
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,6 +31,10 @@ from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM, Magnitude
 LOG = logging.getLogger(__package__)
 
 MIN_MODELS = 2
+
+# Of the tensors that a warning is about, as many are named, and how many have been.
+_NAMED_TENSORS = 3
+_WARNED: Counter[str] = Counter()
 
 
 class ConfigError(ValueError):
@@ -92,6 +98,12 @@ FIELDS = {**PerModel.model_fields, **Shared.model_fields}
 
 # mergekit 0.1.4 takes only numbers for parameters, and so does not have these.
 NAMED = ("nuslerp_granularity", "nuslerp_magnitude")
+
+# The others are mergekit's own, and configs may have them where they do nothing.
+_OWN_FLAGS = ("nuslerp_flatten", "nuslerp_row_wise")
+
+# What it takes for `nuslerp_row_wise` to mean something.
+_WITH_ROW_WISE = ("nuslerp_flatten", "nuslerp_granularity")
 
 
 @cache
@@ -198,9 +210,7 @@ def check_together(
         )
     values = list(weights.values())
     total = sum(values)
-    if abs(total) < MIN_WEIGHT_SUM:
-        _warn_of_zero_sum(tuple(values), tensor)
-    elif len(values) > MIN_MODELS:
+    if len(values) > MIN_MODELS and abs(total) >= MIN_WEIGHT_SUM:
         for model, value in weights.items():
             if value / total < 0:
                 raise ConfigError(
@@ -227,21 +237,21 @@ def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
         ) from None
 
 
-@cache
-def _warn_of_zero_sum(weights: tuple[float, ...], tensor: str | None) -> None:
-    """Say that weights cannot be normalised, once for a tensor."""
-    LOG.warning(
-        "nuslerp: the weights of %s, %s, sum to zero; the models are weighted "
-        "equally instead",
-        _called(tensor),
-        weights,
-    )
+def warn_of_zero_sum(weights: Sequence[float], tensor: str | None) -> None:
+    """Say that the weights of a tensor cannot be normalised, if so."""
+    if abs(sum(weights)) < MIN_WEIGHT_SUM:
+        _warn_of_tensor(
+            "nuslerp: the weights of %s, %s, sum to zero; the models are weighted "
+            "equally instead",
+            _called(tensor),
+            weights,
+        )
 
 
 def warn_of_linear(linear: int, vectors: int, tensor: str | None) -> None:
     """Say how many vectors of a tensor have been merged linearly."""
     if linear:
-        LOG.warning(
+        _warn_of_tensor(
             "nuslerp: %d of %d vectors of %s have no unique spherical mean (they are "
             "opposite, or cancel); they are merged linearly instead",
             linear,
@@ -250,26 +260,68 @@ def warn_of_linear(linear: int, vectors: int, tensor: str | None) -> None:
         )
 
 
-def check_names(config: BaseModel) -> None:
-    """Refuse parameters that mergekit would ignore because they are misspelt.
+def _warn_of_tensor(message: str, *about: Any) -> None:
+    """Warn of the first tensors, and tell of the others those who ask for more."""
+    _WARNED[message] += 1
+    LOG.log(
+        logging.WARNING if _WARNED[message] <= _NAMED_TENSORS else logging.INFO,
+        message,
+        *about,
+    )
+    if _WARNED[message] == _NAMED_TENSORS:
+        LOG.warning("nuslerp: more tensors like these are named with --verbose")
+
+
+def check_config(config: BaseModel, source: str | None = None) -> None:
+    """Refuse what mergekit would ignore, or warn where it always did.
 
     Args:
         config: mergekit's, of a merge by `nuslerp`.
+        source: the YAML it was read from, which may hold more.
 
     Raises:
-        ConfigError: a parameter that begins with `nuslerp_` and does not exist, or one
-            that mergekit does not have under a model, where only weights are read.
+        ConfigError: a parameter that begins with `nuslerp_` and does not exist, or a
+            new one that stands where mergekit does not read it; a model listed twice.
     """
-    for name, of_model in dict.fromkeys(parameter_names(config)):
-        if of_model and name in Shared.model_fields:
-            (example,) = FIELDS[name].examples or [""]
-            hint = (
-                f"under a model, as it is the same for all. Write, say, {example} at "
-                "the top level."
+    _check_names(config)
+    for part in _parts(config):
+        base = getattr(part, "base_model", None) or getattr(config, "base_model", None)
+        for name in ("models", "sources"):
+            _check_inputs(getattr(part, name, None) or (), base)
+    if source is not None:
+        check_places(source)
+
+
+def _check_inputs(inputs: Sequence[Any], base: Hashable | None) -> None:
+    models = [entry.model for entry in inputs]
+    for entry in inputs:
+        times = models.count(entry.model)
+        if times > 1:
+            raise ConfigError(
+                f"nuslerp: model {entry.model} is listed {times} times among the same "
+                "inputs, but a merge takes each model once. Remove it or write another "
+                "one; to merge layers of one model with each other, list it under a "
+                "second path."
             )
-            if name in NAMED:  # others are mergekit's, which lets them stand there
-                raise ConfigError(f"nuslerp: parameter {name!r} has no effect {hint}")
-            _warn_of_no_effect(name, hint)
+        given = getattr(entry, "parameters", None) or ()
+        if entry.model == base and "weight" in given:
+            _warn_of_no_effect(
+                "weight",
+                f"under the base model {base}. To stay closer to it, write a `lambda` "
+                "below 1 at the top level.",
+            )
+
+
+def _check_names(config: BaseModel) -> None:
+    given = dict.fromkeys(parameter_names(config))
+    names = {name for name, _ in given}
+    if "nuslerp_row_wise" in names and names.isdisjoint(_WITH_ROW_WISE):
+        _warn_of_no_effect(
+            "nuslerp_row_wise", "without `nuslerp_flatten: false`. Write both."
+        )
+    for name, of_model in given:
+        if of_model and name in Shared.model_fields:
+            _tell_of_place(name, "under a model, as it is the same for all")
         if name in FIELDS:
             continue
         prefixed = f"nuslerp_{name}"
@@ -287,28 +339,84 @@ def check_names(config: BaseModel) -> None:
             _warn_of_no_effect(name, f"here.{hint}")
 
 
+def _tell_of_place(name: str, place: str) -> None:
+    """Refuse a parameter in a place where it has no effect, or warn of an old one.
+
+    mergekit lets its own stand there, and configs may have them.
+    """
+    (example,) = getattr(FIELDS.get(name), "examples", None) or [
+        f"`{name}` under `parameters`"
+    ]
+    where = "" if name in PerModel.model_fields else " at the top level"
+    hint = f"{place}. Write, say, {example}{where}."
+    if name.startswith("nuslerp_") and name not in _OWN_FLAGS:
+        raise ConfigError(f"nuslerp: parameter {name!r} has no effect {hint}")
+    _warn_of_no_effect(name, hint)
+
+
+@cache
+def check_places(source: str) -> None:
+    """Refuse new parameters outside of `parameters`, where mergekit drops them.
+
+    Args:
+        source: YAML, of one config or several.
+
+    Raises:
+        ConfigError: naming the parameter, and what to write instead.
+    """
+    for config in yaml.safe_load_all(source):
+        if isinstance(config, dict) and config.get("merge_method") == "nuslerp":
+            for name in _misplaced(config):
+                _tell_of_place(name, "outside of `parameters`")
+
+
+def _misplaced(node: Any, *, allowed: bool = False) -> Iterator[str]:
+    """Parameters of ours in a YAML document that stand outside of `parameters`."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "tokenizer":  # names tokens, which may be called anything
+                continue
+            if name in FIELDS or str(name).startswith("nuslerp_"):
+                if not allowed:
+                    yield name
+            else:
+                yield from _misplaced(value, allowed=name == "parameters")
+    elif isinstance(node, list):
+        for value in node:
+            yield from _misplaced(value)
+
+
 @cache
 def _warn_of_no_effect(name: str, hint: str) -> None:
     """Say that a parameter is ignored, once, although each tensor's planning asks."""
     LOG.warning("nuslerp: parameter %r has no effect %s", name, hint)
 
 
-def parameter_names(node: Any) -> Iterator[tuple[str, bool]]:
+def parameter_names(config: BaseModel) -> Iterator[tuple[str, bool]]:
     """Names of all parameters in a config, and whether they stand under a model."""
+    for part in _parts(config):
+        for name in getattr(part, "parameters", None) or ():
+            yield name, "model" in type(part).model_fields
+
+
+def filters(config: BaseModel) -> Iterator[str]:
+    """The parts of tensors' names that a config has values for."""
+    for part in _parts(config):
+        wanted = getattr(part, "filter", None)
+        if wanted is not None and wanted != "*":
+            yield wanted
+
+
+def _parts(node: Any) -> Iterator[BaseModel]:
+    """All that mergekit has parsed a config into, from the outside in."""
     if isinstance(node, BaseModel):
-        fields = type(node).model_fields
-        for name in fields:
-            value = getattr(node, name)
-            if name == "parameters":
-                yield from ((given, "model" in fields) for given in value or ())
-            else:
-                yield from parameter_names(value)
+        yield node
+        node = [getattr(node, name) for name in type(node).model_fields]
     elif isinstance(node, Mapping):
-        for value in node.values():
-            yield from parameter_names(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from parameter_names(value)
+        node = list(node.values())
+    if isinstance(node, list):
+        for part in node:
+            yield from _parts(part)
 
 
 def check_models(
@@ -354,15 +462,12 @@ def check_models(
         )
     elif base is not None and len(models) == MIN_MODELS:
         remedy = (
-            f"Besides the base model {base} there is only {others[0]}. To interpolate "
-            "the two, remove `base_model`; to merge task vectors, list two different "
-            "models besides it: one that is listed twice counts once."
+            f"Besides the base model {base} there is only {others[0]}. To merge task "
+            "vectors, list two models besides the base; to interpolate these two, list "
+            "both under `models`, each with a `weight`, and remove `base_model`."
         )
     else:
-        remedy = (
-            "List two different models besides `base_model`, each with a `weight`; one "
-            "that is listed twice counts once."
-        )
+        remedy = "List two different models besides `base_model`, each with a `weight`."
     raise ConfigError(
         f"nuslerp: at least {MIN_MODELS} models besides the base are merged, but there "
         f"{'is' if len(others) == 1 else 'are'} {len(others)}{where}{listed}. {remedy}"
@@ -379,13 +484,19 @@ def nonfinite(tensor: str | None, model: Hashable, *, is_base: bool) -> str:
     )
 
 
-def unlike_shapes(tensor: str, shapes: Mapping[Any, Sequence[int]]) -> str:
+def unlike_shapes(
+    tensor: str, shapes: Mapping[Any, Sequence[int]], *, vocabulary: bool
+) -> str:
     """The message about a weight that has another shape in one of the models."""
     found = ", ".join(f"{tuple(shape)} in {model}" for model, shape in shapes.items())
-    return (
-        f"nuslerp: tensor {tensor} differs in shape: {found}. Embeddings of different "
-        "vocabularies need `tokenizer_source: union` (or `base`)."
-    )
+    if vocabulary and len({tuple(shape[1:]) for shape in shapes.values()}) == 1:
+        remedy = (
+            "For models of different vocabularies write `tokenizer_source: union` (or "
+            "`base`)."
+        )
+    else:
+        remedy = "Models of different sizes cannot be merged: use others."
+    return f"nuslerp: tensor {tensor} differs in shape: {found}. {remedy}"
 
 
 def _called(tensor: str | None) -> str:

@@ -39,22 +39,29 @@ def install(registry: ModuleType) -> None:
     _, attribute = _known()
     methods: dict[str, Any] = getattr(registry, attribute, {}) if attribute else {}
     if "nuslerp" not in methods:
-        LOG.warning(
-            "mergekit-nuslerp %s does not know mergekit %s, whose own nuslerp stays in "
-            "place; it knows %s",
-            mergekit_nuslerp.__version__,
-            mergekit_version(),
-            " and ".join(ADAPTERS),
-        )
+        LOG.warning("%s; mergekit's own nuslerp stays in place", _unknown())
         return
     if not type(methods["nuslerp"]).__module__.startswith(_PACKAGE):
         methods["nuslerp"] = adapter().make()
 
 
 def adapter() -> ModuleType:
-    """The adapter for the installed mergekit, which must be a known one."""
+    """The adapter for the installed mergekit.
+
+    Raises:
+        ImportError: a mergekit that is not known.
+    """
     name, _ = _known()
+    if not name:
+        raise ImportError(_unknown())
     return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+def _unknown() -> str:
+    return (
+        f"mergekit-nuslerp {mergekit_nuslerp.__version__} does not know mergekit "
+        f"{mergekit_version()}; it knows {' and '.join(ADAPTERS)}"
+    )
 
 
 def _known() -> tuple[str, str]:

@@ -251,7 +251,7 @@ def _table(title: str, heading: Sequence[str], rows: Sequence[Sequence[str]]) ->
         ]
         lines.append("  ".join(cells).rstrip())
     if any(cell == "-" for row in rows for cell in row):
-        lines.append("(-: a model's vector is zero)")
+        lines.append("(-: a model's vector, or the result, is zero)")
     return "\n".join(lines)
 
 
@@ -333,8 +333,7 @@ def _on_departure(inspection: Inspection) -> Iterator[str]:
     apart = [
         (tensor.departure, tensor)
         for tensor in inspection.tensors
-        if tensor.departure is not None
-        and sum(part.weight != 0 for part in tensor.parts) > 1
+        if tensor.departure is not None and len(_blended(tensor)) > 1
     ]
     if not apart:
         return
@@ -342,7 +341,8 @@ def _on_departure(inspection: Inspection) -> Iterator[str]:
     close = [
         (departure, tensor)
         for departure, tensor in apart
-        if departure <= _LINEAR and _widest(tensor) is not None
+        # Opposite vectors are merged linearly, whatever their angle.
+        if departure <= _LINEAR and _widest(tensor) is not None and not tensor.linear
     ]
     if close:
         widest = max(_largest(tensor) for _, tensor in close)
@@ -371,8 +371,25 @@ def _warnings(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]
     yield from _warn_of_ratio(inspection, names)
     yield from _warn_of_outside(inspection, names)
     yield from _warn_of_skipped(inspection)
+    yield from _warn_of_config(inspection)
     if not inspection.tensors:
         yield "there is nothing to interpolate."
+
+
+def _warn_of_config(inspection: Inspection) -> Iterator[str]:
+    zero_sum = [tensor for tensor in inspection.tensors if tensor.zero_sum]
+    if zero_sum:
+        yield f"the weights of {_listed(zero_sum)} sum to zero. All count the same."
+    unscaled = [tensor for tensor in inspection.tensors if tensor.lambda_ == 0]
+    if unscaled:
+        yield f"lambda is 0 for {_listed(unscaled)}. The base stays as it is there."
+    for wanted in inspection.unmatched:
+        yield f"no tensor's name contains the filter {wanted!r}."
+    for module in inspection.left_out:
+        yield (
+            f"the config has no module {module!r}. The merged model will lack its "
+            "tensors."
+        )
 
 
 def _warn_of_same(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
@@ -445,14 +462,14 @@ def _warn_of_ratio(inspection: Inspection, names: Mapping[str, str]) -> Iterator
     affected = [
         tensor
         for tensor in inspection.tensors
-        if tensor.magnitude == "slerp" and (tensor.norm_ratio or 0) > _RATIO
+        if tensor.magnitude == "slerp" and _uneven(tensor) > _RATIO
     ]
     if not affected:
         return
-    worst = max(affected, key=lambda tensor: tensor.norm_ratio or 0)
+    worst = max(affected, key=_uneven)
     # Beyond the models the mean of the lengths may be next to nothing.
     outside = any(map(_is_outside, affected))
-    short, *_, long = sorted(worst.parts, key=lambda part: part.norm)
+    short, *_, long = sorted(_blended(worst), key=lambda part: part.norm)
     turned = _turned(worst)
     example = ""
     if turned is not None and worst.t is not None:
@@ -463,11 +480,17 @@ def _warn_of_ratio(inspection: Inspection, names: Mapping[str, str]) -> Iterator
     yield (
         f"in {_count(len(affected), 'tensor')} of {len(inspection.tensors)} one "
         f"model's {_vectors(affected, 1)} is more than twice as long as another's: "
-        f"most in {_name(worst)}, {names[long.model]}'s {_figure(worst.norm_ratio)} "
-        f"times as long as {names[short.model]}'s. Magnitude slerp turns further towards the "
-        f"longer one than the weights say.{example}"
+        f"most in {_name(worst)}, {names[long.model]}'s {_figure(_uneven(worst))} "
+        f"times as long as {names[short.model]}'s. Magnitude slerp turns further "
+        f"towards the longer one than the weights say.{example}"
         + ("" if outside else _remedy(inspection, "turns as far as they say"))
     )
+
+
+def _uneven(tensor: TensorGeometry) -> float:
+    """Largest over smallest norm of the models that have a weight; 0 without two."""
+    norms = [part.norm for part in _blended(tensor)]
+    return max(norms) / min(norms) if len(norms) > 1 and min(norms) else 0.0
 
 
 def _turned(tensor: TensorGeometry) -> float | None:
@@ -604,6 +627,11 @@ def _csv_row(tensor: TensorGeometry, pair: Pair) -> dict[str, Any]:
 
 def _part(tensor: TensorGeometry, model: str) -> Part | None:
     return next((part for part in tensor.parts if part.model == model), None)
+
+
+def _blended(tensor: TensorGeometry) -> list[Part]:
+    """The models that have a weight."""
+    return [part for part in tensor.parts if part.weight]
 
 
 def _norm(tensor: TensorGeometry, model: str) -> float:

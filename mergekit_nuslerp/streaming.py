@@ -577,8 +577,13 @@ class Crew:
                 met.wait()  # so that each of the threads comes here
 
             with _SETTING:
-                list(self.pool.map(settle, self.workers))
-                torch.set_num_threads(self.threads)  # for this one, and later ones
+                try:
+                    list(self.pool.map(settle, self.workers))
+                except BaseException:  # no more threads to be had, say
+                    met.abort()  # or those that were would wait forever
+                    raise
+                finally:
+                    torch.set_num_threads(self.threads)  # for this one, and later ones
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -258,17 +258,83 @@ def test_a_base_that_is_missing_from_a_slice(config, refused):
     assert_names(message, "Add it to the sources")
 
 
-def test_weights_that_sum_to_zero_are_told_once_a_tensor(
-    config, checkpoints, tmp_path, caplog
+@pytest.mark.parametrize("kind", ["q_proj", "proj"])
+def test_weights_that_sum_to_zero_are_told_for_the_first_tensors(
+    kind, config, checkpoints, tmp_path, caplog
 ):
     for model, weight in zip(config["models"], (0.5, -0.5)):
-        entry = {"filter": "q_proj", "value": weight}
+        entry = {"filter": kind, "value": weight}
         model["parameters"]["weight"] = [entry, {"value": 0.5}]
-    parameters._warn_of_zero_sum.cache_clear()
+    parameters._WARNED.clear()
+    with caplog.at_level("INFO"):
+        merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+    told = [record for record in caplog.records if "sum to zero" in record.msg]
+    assert len(told) == LAYERS * (1 if kind == "q_proj" else 7)
+    assert all("q_proj" in record.getMessage() or kind == "proj" for record in told)
+    levels = [record.levelname for record in told]
+    assert levels == ["WARNING"] * min(3, len(told)) + ["INFO"] * (len(told) - 3)
+    more = [message for message in caplog.messages if "--verbose" in message]
+    assert len(more) == (len(told) >= 3)
+
+
+def test_a_weight_of_the_base(config, checkpoints, tmp_path, caplog):
+    parameters._warn_of_no_effect.cache_clear()
+    config["models"].append({"model": "./base", "parameters": {"weight": 0.4}})
     merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-    told = [message for message in caplog.messages if "sum to zero" in message]
-    assert len(told) == LAYERS
-    assert all("q_proj" in message for message in told)
+    (told,) = (message for message in caplog.messages if "no effect" in message)
+    assert_names(told, "'weight'", "under the base model ./base", "`lambda`")
+
+
+@pytest.mark.parametrize("form", ["models", "slices"])
+def test_a_model_that_is_listed_twice(form, config, refused):
+    config["models"].append({"model": "./kd", "parameters": {"weight": 0.1}})
+    if form == "slices":
+        sources = [{**model, "layer_range": [0, 4]} for model in config.pop("models")]
+        config["slices"] = [{"sources": sources}]
+    assert_names(refused(config), "model ./kd is listed 2 times", "write another one")
+
+
+def test_rows_or_columns_of_whole_tensors(config, checkpoints, tmp_path, caplog):
+    parameters._warn_of_no_effect.cache_clear()
+    config["parameters"] = {"nuslerp_row_wise": True}
+    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+    (told,) = (message for message in caplog.messages if "no effect" in message)
+    assert_names(told, "'nuslerp_row_wise'", "`nuslerp_flatten: false`")
+
+
+@pytest.mark.parametrize("outside", ["top", "parameter", "model"])
+@pytest.mark.parametrize("name", ["nuslerp_magnitude", "nuslerp_flaten", "lambda"])
+def test_parameters_outside_of_parameters(
+    outside, name, config, checkpoints, tmp_path, request, caplog
+):
+    """mergekit drops what it does not know before a merge method sees the config."""
+    parameters._warn_of_no_effect.cache_clear()
+    parameters.check_places.cache_clear()
+    given = {name: 0.5 if name == "lambda" else "linear"}
+    if outside == "parameter":
+        config["parameter"] = given
+    elif outside == "model":
+        config["models"][0] |= given
+    else:
+        config |= given
+    if name == "lambda":
+        merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+        (told,) = (message for message in caplog.messages if "no effect" in message)
+    else:
+        told = request.getfixturevalue("refused")(config)
+    assert_names(told, repr(name), "outside of `parameters`", f"`{name}")
+
+
+def test_names_that_are_tokens_or_belong_to_other_merges():
+    def config(method, name):
+        tokens = "tokenizer: {tokens: {lambda: {}}}"
+        return f"merge_method: {method}\n{tokens}\n{name}: 1\n"
+
+    parameters.check_places(config("nuslerp", "dtype"))
+    others = config("karcher", "nuslerp_x") + "---\n"
+    parameters.check_places(others)
+    with pytest.raises(ConfigError, match="'nuslerp_x' has no effect outside of"):
+        parameters.check_places(others + config("nuslerp", "nuslerp_x"))
 
 
 def test_a_base_that_is_listed_needs_no_weight(config, checkpoints, tmp_path):

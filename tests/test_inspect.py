@@ -23,12 +23,19 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from oracle import angle, oracle, vectors
 from safetensors.torch import save_file
-from support import EXAMPLES, load_tensors, run_command, working_directory
+from support import (
+    EXAMPLES,
+    load_tensors,
+    merge_here,
+    run_command,
+    working_directory,
+)
 
 from mergekit_nuslerp import cli, inspection, plugin, report
 from mergekit_nuslerp.adapters import planning
@@ -290,7 +297,7 @@ def plan(
         granularity=granularity,
         magnitude=magnitude,
         lambda_=1.0,
-        info=None,
+        info=WeightInfo(name=name),
     )
 
 
@@ -597,13 +604,106 @@ def test_from_which_ratio_on_a_longer_vector_is_told(ratio: float, told: bool) -
     assert ("more than twice as long" in words(report.text(found))) == told
 
 
+def test_a_model_without_a_weight_makes_no_ratio() -> None:
+    """Attention from one model and MLPs from the other: nothing turns too far."""
+    one, other, third = torch.randn(3, 8, 8)
+    pair = measured([one, 5 * other], [1, 0])
+    assert "twice as long" not in words(report.text(made_up([pair])))
+    three = measured([one, 5 * third, 2.5 * other], [1, 0, 1])
+    text = words(report.text(made_up([three])))
+    ratio = 2.5 * other.norm() / one.norm()
+    assert f"model-2's {ratio:.2f} times as long as model-0's" in text
+
+
+def test_opposite_vectors_by_the_bound_of_the_merge() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(500, 64, dtype=torch.float64)
+    found = measured([rows, -0.3 * rows], [1, 1])
+    assert found.linear == found.pairs[0].antipodal == 500
+    text = words(report.text(made_up([found])))
+    assert "500 of the 500 vectors" in text
+    assert "spherical and linear agree" not in text
+    zeros = measured([rows, -rows], [1, 1])
+    assert "(-: a model's vector, or the result, is zero)" in report.text(
+        made_up([zeros])
+    )
+
+
+@only_names
+def test_what_a_config_says_in_vain(small: Path) -> None:
+    weight = [{"filter": "block_sparse", "value": 0.1}, {"value": 1.0}]
+    config = config_of({"sft": 1, "kd": 1}, "base")
+    config["models"][0]["parameters"]["weight"] = weight
+    config["parameters"]["lambda"] = [
+        {"filter": "layers.1.mlp", "value": 0},
+        {"filter": "*", "value": 1},
+    ]
+    found, text = shown(config, small)
+    assert found.unmatched == ["block_sparse"]
+    text = words(text)
+    assert "warning: no tensor's name contains the filter 'block_sparse'." in text
+    assert re.search(r"lambda is 0 for 3 tensors \(.*\)\. The base stays", text)
+
+
+def test_weights_that_sum_to_zero_are_said(small: Path) -> None:
+    config = config_of({"sft": 0.5, "kd": -0.5}, "base")
+    found, text = shown(config, small)
+    assert all(tensor.zero_sum and tensor.t == 0.5 for tensor in found.tensors)
+    assert re.search(r"the weights of 21 tensors \(.*\) sum to zero", words(text))
+
+
+def test_modules_that_a_config_leaves_out(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1}
+    for name in ("one", "other"):
+        config = transformers.T5Config(
+            vocab_size=32, feed_forward_proj="gated-gelu", **shape
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+        model.save_pretrained(tmp_path / name)
+    models = config_of({"one": 1, "other": 1}, None)["models"]
+    merge = {"merge_method": "nuslerp", "modules": {"encoder": {"models": models}}}
+    found, text = shown(merge, tmp_path)
+    assert "decoder" in found.left_out and "encoder" not in found.left_out
+    assert "the config has no module 'decoder'. The merged model will" in text
+    merge = {"merge_method": "nuslerp", "models": models}
+    found, text = shown(merge, tmp_path)
+    assert found.left_out == []
+    assert " encoder: q 1 " in text and " decoder: SelfAttention.q 1 " in text
+    assert "degrees, in decoder.block layer SelfAttention.q " in text
+
+
+def test_a_long_reason_keeps_both_ends(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise ValueError(f"the start {'{...} ' * 500}\nthe end")
+
+    monkeypatch.setattr(inspection, "inspect", broken)
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    done = command(small, tmp_path / "config.yaml")
+    assert_refused(done, r"the start .* \[\.\.\.\] .*the end")
+    assert len(done.stderr) < 600
+
+
+def test_parameters_that_stand_in_the_wrong_place(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        f"{CONFIG}nuslerp_magnitude: linear\n", encoding="utf-8"
+    )
+    done = command(tmp_path, "config.yaml")
+    assert_refused(done, "'nuslerp_magnitude' has no effect outside of `parameters`")
+
+
 def test_an_inspection_does_not_say_that_it_merges(
     small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plugin.announce.cache_clear()  # said once in a process
     (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
     assert command(small, tmp_path / "config.yaml").exit_code == 0
+    inspect_here(yaml.safe_load(CONFIG), small)
     assert not any("merges here" in message for message in caplog.messages)
+    merge_here(CONFIG, tmp_path / "out", cwd=small)
+    assert any("merges here" in message for message in caplog.messages)
 
 
 def test_extrapolation_is_said(small: Path) -> None:
@@ -659,12 +759,15 @@ def test_models_that_are_the_same(small: Path, tmp_path: Path) -> None:
     assert "do not differ" not in text
 
 
+NOTHING: dict[str, list[str]] = {"left_out": [], "unmatched": []}
+
+
 def made_up(tensors: list[TensorGeometry], **rest: Any) -> Inspection:
     models = list(dict.fromkeys(part.model for t in tensors for part in t.parts))
     return Inspection(
         mergekit_nuslerp="0",
         mergekit="0.1.5",
-        **{"models": models, "tensors": tensors, "skipped": [], **rest},
+        **{"models": models, "tensors": tensors, "skipped": [], **NOTHING, **rest},
     )
 
 
@@ -856,7 +959,7 @@ BAD_CONFIGS = {
     CONFIG.replace("weight", "wait"): r"'weight' of model \./(sft|kd).* is missing",
     CONFIG.replace("{}", "{nuslerp_flaten: 1}"): r"'nuslerp_flaten'. Did you mean",
     CONFIG.replace("./kd", "./nowhere"): r"\./nowhere cannot be read: there is no fold",
-    CONFIG.replace("./kd", "no/where"): r"no/where cannot be read: .*no model of that",
+    CONFIG.replace("./kd", "no/where"): r"no/where cannot be read: .*hub has no such",
     CONFIG.replace("bfloat16", "bloat"): "bloat",
     f"{CONFIG}---\n{CONFIG}": r"config\.yaml is not a single config: ",
     MODULES: r"there is no module 'vision' in these models. Theirs are default",
@@ -942,7 +1045,10 @@ def renamed(shard: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (wider, r"layers\.1\.mlp\.up_proj\.weight differs in shape: .*\./kd"),
+        (
+            wider,
+            r"mlp\.up_proj\.weight differs in shape: .*\./kd.* Models of different",
+        ),
         (not_a_number, r"layers\.1\.mlp\.up_proj\.weight of model \./kd contains NaN"),
     ],
 )
@@ -972,7 +1078,7 @@ def test_vocabularies_cut_as_the_merge_cuts_them(small: Path, tmp_path: Path) ->
     altered(small, tmp_path, longer)
     (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
     if TAKES_NAMES:  # mergekit 0.1.4 cuts them unasked
-        assert_refused(command(tmp_path, "config.yaml"), r"differs in shape: .*\./kd")
+        assert_refused(command(tmp_path, "config.yaml"), "tokenizer_source: union")
     words = ("config.yaml", "--unsafe-truncate-embeddings", "--csv", "table.csv")
     done = command(tmp_path, *words)
     assert done.exit_code == 0, done.stderr

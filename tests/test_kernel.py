@@ -700,6 +700,8 @@ def test_an_unknown_magnitude_is_refused():
     tensors, _ = models(5, 7, with_base=False)
     with pytest.raises(ValueError, match="magnitude"):
         nuslerp(tensors, [1, 1], magnitude="l2")
+    with pytest.raises(ValueError, match="magnitude"):
+        nuslerp([torch.empty(0)] * 2, [1, 1], magnitude="l2")
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.5, 2.0])

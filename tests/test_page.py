@@ -108,6 +108,7 @@ def tensor(
         dtype="bfloat16",
         granularity="row",
         magnitude="linear",
+        zero_sum=False,
         lambda_=0.5,
         t=0.5 if len(models) == 2 else None,
         vectors=vectors,
@@ -165,6 +166,8 @@ def inspection(models: Sequence[str], *, layers: int) -> Inspection:
         models=list(models),
         tensors=[*tensors, head],
         skipped=[Skipped(name="position_ids", reason="its numbers are not fractional")],
+        left_out=[],
+        unmatched=[],
     )
 
 

@@ -182,6 +182,8 @@ def test_an_unknown_mergekit_is_left_alone_with_a_warning(version, monkeypatch, 
     assert record.levelno == logging.WARNING
     assert f"does not know mergekit {version}" in record.message
     assert "0.1.5 and 0.1.4" in record.message
+    with pytest.raises(ImportError, match=f"does not know mergekit {version}; it kn"):
+        plugin.adapter()
 
 
 @pytest.mark.parametrize("version", ["0.1.5.dev3+g1234", "0.1.4.post1"])

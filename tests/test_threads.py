@@ -154,3 +154,22 @@ def test_merges_in_several_threads_at_once(weights):
     assert len(results) == 4
     for result in results:
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_threads_that_the_system_refuses(weights, monkeypatch):
+    """Those that have started must not wait for the others, even after the end."""
+    start, started = threading.Thread.start, []
+
+    def refuse(thread):
+        if thread.name.startswith("nuslerp") and started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        nuslerp(weights[:2], [1, 1])
+    assert torch.get_num_threads() == 3
+    (thread,) = started
+    thread.join(timeout=30)
+    assert not thread.is_alive()

@@ -121,11 +121,13 @@ class NuslerpMethod(BatchedMergeMethod):
         *,
         group_name: str | None = None,
     ) -> None:
-        announce()
         frame = planning.caller()
         config, task = planning.config_of(frame), frame.f_locals.get("self")
         if config is not None:
-            parameters.check_names(config)
+            source = planning.source()
+            if source is not None:  # a merge, and progress is not shown yet
+                announce()
+            parameters.check_config(config, source)
         # Called for a slice when a config is planned, and for a tensor with the models
         # that were found to have it.
         is_slice = group_name is None or re.search(r"\.slices\[\d+\]$", group_name)
@@ -146,6 +148,7 @@ class NuslerpMethod(BatchedMergeMethod):
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """As the inherited method, with weights in float64 and errors that name."""
+        announce()
         # A graph task made by hand may leave shared parameters to their defaults.
         parameters = [{**_DEFAULTS, **bound} for bound in parameters]
         for group, bound in zip(groups, parameters):
@@ -210,6 +213,7 @@ def _check_group(group: TensorGroup, bound: dict[str, Any]) -> None:
         tensor=group.metadata.name,
         shape=group.entries[0].tensor.shape,
     )
+    parameters.warn_of_zero_sum(values, group.metadata.name)
 
 
 def planned(task: ExecuteMergeMethodTask) -> planning.Planned:

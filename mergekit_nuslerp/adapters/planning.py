@@ -53,6 +53,18 @@ def config_of(frame: FrameType) -> BaseModel | None:
     return config if hasattr(config, "merge_method") else None
 
 
+def source() -> str | None:
+    """The YAML that one of mergekit's commands has read, if one plans."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "mergekit":
+            text = frame.f_locals.get("config_source")
+            if isinstance(text, str):
+                return text
+        frame = frame.f_back
+    return None
+
+
 def resolved_for() -> dict[str, Any]:
     """The model and tensor that mergekit is resolving a parameter for, if it is."""
     frame = sys._getframe(1)
@@ -65,6 +77,12 @@ def resolved_for() -> dict[str, Any]:
             names = {"model": "model", "tensor": "tensor_name"}
             return {key: frame.f_locals.get(name) for key, name in names.items()}
     return {}
+
+
+def has_vocabulary(info: Any) -> bool:
+    """Whether mergekit's WeightInfo says that a weight has a row for each token."""
+    axis = getattr(info, "vocabulary_axis", None)  # of mergekit 0.1.5
+    return axis is not None or bool(getattr(info, "is_embed", False))
 
 
 def agree(tensors: Iterable[torch.Tensor]) -> bool:

@@ -25,8 +25,8 @@ from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
 from mergekit_nuslerp.parameters import (
     NAMED,
     ConfigError,
+    check_config,
     check_models,
-    check_names,
     check_together,
     parameter_names,
     warn_of_linear,
@@ -56,6 +56,7 @@ class NuslerpTask(Task[torch.Tensor]):
     def execute(  # type: ignore[override]
         self, tensors: Dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> torch.Tensor:
+        announce()
         name = self.weight_info.name
         if len(tensors) == 1:
             # An optional weight that only one of the models has.
@@ -71,16 +72,17 @@ class NuslerpTask(Task[torch.Tensor]):
             return self._agreed(inputs)
         if any(tensor.shape != inputs[0].shape for tensor in inputs):
             shapes = {model: tensor.shape for model, tensor in zip(models, inputs)}
-            raise RuntimeError(parameters.unlike_shapes(name, shapes))
+            vocabulary = planning.has_vocabulary(self.weight_info)
+            message = parameters.unlike_shapes(name, shapes, vocabulary=vocabulary)
+            raise RuntimeError(message)
 
         base = None if self.base_model is None else inputs.pop()
+        weights = [self.weights[model] for model in models[: len(inputs)]]
+        parameters.warn_of_zero_sum(weights, name)
         try:
             merged = merge_batch(
                 [tensor.unsqueeze(0) for tensor in inputs],
-                torch.tensor(
-                    [[self.weights[model] for model in models[: len(inputs)]]],
-                    dtype=torch.float64,
-                ),
+                torch.tensor([weights], dtype=torch.float64),
                 base=None if base is None else base.unsqueeze(0),
                 granularity=self.granularity,
                 lambda_=self.lambda_,
@@ -129,11 +131,13 @@ class NuslerpMethod(MergeMethod):
         base_model: Optional[ModelReference],
         **_kwargs: Any,
     ) -> Task:
-        announce()
         config = planning.config_of(planning.caller())
         if config is not None:
             _refuse_named(name for name, _ in parameter_names(config))
-            check_names(config)
+            source = planning.source()
+            if source is not None:  # a merge, and progress is not shown yet
+                announce()
+            check_config(config, source)
         name = output_weight.name
         shared, weights = _validated(name, parameters, tensor_parameters, base_model)
         check_models(_sources(tensors), base_model, place=name)
