@@ -269,7 +269,7 @@ def _warn_of_tensor(message: str, *about: Any) -> None:
         *about,
     )
     if _WARNED[message] == _NAMED_TENSORS:
-        LOG.warning("nuslerp: more tensors like these are named with --verbose")
+        LOG.warning("nuslerp: further tensors like these are only told with --verbose")
 
 
 def check_config(config: BaseModel, source: str | None = None) -> None:
@@ -366,24 +366,24 @@ def check_places(source: str) -> None:
     """
     for config in yaml.safe_load_all(source):
         if isinstance(config, dict) and config.get("merge_method") == "nuslerp":
-            for name in _misplaced(config):
-                _tell_of_place(name, "outside of `parameters`")
+            names = dict.fromkeys(_written(config))
+            for name, in_place in names:
+                # What is in place as well was written once, to be repeated by alias.
+                if not in_place and (name, True) not in names:
+                    _tell_of_place(name, "outside of `parameters`")
 
 
-def _misplaced(node: Any, *, allowed: bool = False) -> Iterator[str]:
-    """Parameters of ours in a YAML document that stand outside of `parameters`."""
+def _written(node: Any, *, in_place: bool = False) -> Iterator[tuple[str, bool]]:
+    """Parameters of ours in a YAML document, and whether they are in `parameters`."""
     if isinstance(node, dict):
         for name, value in node.items():
-            if name == "tokenizer":  # names tokens, which may be called anything
-                continue
             if name in FIELDS or str(name).startswith("nuslerp_"):
-                if not allowed:
-                    yield name
-            else:
-                yield from _misplaced(value, allowed=name == "parameters")
+                yield name, in_place
+            elif name != "tokenizer":  # names tokens, which may be called anything
+                yield from _written(value, in_place=name == "parameters")
     elif isinstance(node, list):
         for value in node:
-            yield from _misplaced(value)
+            yield from _written(value)
 
 
 @cache

@@ -331,6 +331,8 @@ def test_names_that_are_tokens_or_belong_to_other_merges():
         return f"merge_method: {method}\n{tokens}\n{name}: 1\n"
 
     parameters.check_places(config("nuslerp", "dtype"))
+    repeated = "x: &x {nuslerp_granularity: row}\nparameters: {<<: *x}"
+    parameters.check_places(f"merge_method: nuslerp\n{repeated}\n")
     others = config("karcher", "nuslerp_x") + "---\n"
     parameters.check_places(others)
     with pytest.raises(ConfigError, match="'nuslerp_x' has no effect outside of"):
