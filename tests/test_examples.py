@@ -104,7 +104,6 @@ EXPECTED: dict[str, Callable[[str], Expected]] = {
 # examples are merged in this process.
 BY_COMMAND = {
     "medswin.yaml",
-    "attention_and_mlp.yaml",
     "three_models.yaml",
     "heads_and_neurons.yaml",
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import logging
 import os
 import shutil
@@ -305,7 +306,10 @@ def test_the_demo_needs_the_plugin(tmp_path):
         ("complie", "MERGEKIT_NUSLERP=complie has no effect"),
     ],
 )
-def test_status_says_what_the_switch_does(value, said):
+def test_status_says_what_the_switch_does(value, said, monkeypatch):
+    answer = {"module": "mergekit_nuslerp.x", "mergekit": "0.1.5", "torch": "2.13.0"}
+    probed = SimpleNamespace(stdout=json.dumps(answer))
+    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=lambda *_, **__: probed))
     result = CliRunner().invoke(cli.main, ["status"], env={"MERGEKIT_NUSLERP": value})
     assert result.exit_code == 0, result.output
     assert said in result.output
