@@ -10,6 +10,7 @@ N x N matrix a vector, however long the vectors are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -41,6 +42,11 @@ def normalize_weights(weights: torch.Tensor) -> torch.Tensor:
     vanishing = total.abs() < MIN_WEIGHT_SUM
     scaled = weights / torch.where(vanishing, 1, total)
     return torch.where(vanishing, 1 / weights.shape[-1], scaled)
+
+
+def sums_to_zero(weights: Sequence[float]) -> bool:
+    """Whether the sum is too small to divide by, so that all count the same."""
+    return abs(sum(weights)) < MIN_WEIGHT_SUM
 
 
 def check_magnitude(magnitude: str) -> None:

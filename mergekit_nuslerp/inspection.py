@@ -33,10 +33,10 @@ import mergekit_nuslerp
 from mergekit_nuslerp import plugin, register
 from mergekit_nuslerp.adapters.planning import Planned, agree, has_vocabulary
 from mergekit_nuslerp.geometry import (
-    MIN_WEIGHT_SUM,
     antipodal_bound,
     mean_coefficients,
     normalize_weights,
+    sums_to_zero,
 )
 from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices
 from mergekit_nuslerp.parameters import (
@@ -225,6 +225,7 @@ def inspect(
         found[task.planned.name] = measured
         if progress:
             progress(len(found), len(tasks))
+    names = {name for task in tasks for name in task.names()}
     in_order = [found[task.planned.name] for task in tasks]
     tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
     return Inspection(
@@ -237,7 +238,7 @@ def inspect(
         unmatched=[
             wanted
             for wanted in dict.fromkeys(filters(config))
-            if not any(wanted in name for task in tasks for name in task.names())
+            if not any(wanted in name for name in names)
         ],
     )
 
@@ -360,10 +361,8 @@ def _described(
     grams = grams.cpu()
     base_norm = None if base is None else float(grams[:, -1, -1].sum().sqrt())
     grams = grams[:, :count, :count]
-    given_weights = torch.tensor(
-        [planned.weights[m] for m in models], dtype=grams.dtype
-    )
-    weights = normalize_weights(given_weights)
+    given_weights = [planned.weights[model] for model in models]
+    weights = normalize_weights(torch.tensor(given_weights, dtype=grams.dtype))
     tolerance = torch.finfo(dtype).eps
     coefficients, unique = mean_coefficients(
         grams,
@@ -387,7 +386,7 @@ def _described(
         dtype=str(dtype).removeprefix("torch."),
         granularity=planned.granularity,
         magnitude=planned.magnitude,
-        zero_sum=abs(float(given_weights.sum())) < MIN_WEIGHT_SUM,
+        zero_sum=sums_to_zero(given_weights),
         lambda_=planned.lambda_,
         t=float(weights[1]) if count == 2 else None,
         vectors=len(grams),

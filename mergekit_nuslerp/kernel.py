@@ -22,10 +22,10 @@ import torch
 
 from mergekit_nuslerp import loops
 from mergekit_nuslerp.geometry import (
-    MIN_WEIGHT_SUM,
     Magnitude,
     check_magnitude,
     normalize_weights,
+    sums_to_zero,
 )
 from mergekit_nuslerp.streaming import (
     Crew,
@@ -133,7 +133,7 @@ def nuslerp(
         raise ValueError(f"tensors differ in shape: {[tuple(t.shape) for t in given]}")
     if any(tensor.device != given[0].device for tensor in given):
         raise ValueError(f"tensors differ in device: {[str(t.device) for t in given]}")
-    if abs(sum(weights)) < MIN_WEIGHT_SUM:
+    if sums_to_zero(weights):
         warnings.warn(
             "NuSLERP weights sum to zero; the models are weighted equally instead",
             RuntimeWarning,

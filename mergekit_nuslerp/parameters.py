@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, get_args
@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from mergekit_nuslerp import granularity
-from mergekit_nuslerp.geometry import MIN_WEIGHT_SUM, Magnitude
+from mergekit_nuslerp.geometry import Magnitude, sums_to_zero
 
 LOG = logging.getLogger(__package__)
 
@@ -99,9 +99,6 @@ FIELDS = {**PerModel.model_fields, **Shared.model_fields}
 # mergekit 0.1.4 takes only numbers for parameters, and so does not have these.
 NAMED = ("nuslerp_granularity", "nuslerp_magnitude")
 
-# The others are mergekit's own, and configs may have them where they do nothing.
-_OWN_FLAGS = ("nuslerp_flatten", "nuslerp_row_wise")
-
 # What it takes for `nuslerp_row_wise` to mean something.
 _WITH_ROW_WISE = ("nuslerp_flatten", "nuslerp_granularity")
 
@@ -136,8 +133,15 @@ def validate(
         weight = "" if tensor is None else f" for tensor {tensor}"
         raise ConfigError(
             f"nuslerp: parameter {name!r}{owner}{weight} {given}, but must be "
-            f"{field.description}. Write, say, {(field.examples or [''])[0]}."
+            f"{field.description}. Write, say, {_example(name)}."
         ) from None
+
+
+def _example(name: str) -> str:
+    """How a parameter is written, for messages."""
+    field = FIELDS.get(name)
+    examples = field.examples if field else None
+    return (examples or [f"`{name}` under `parameters`"])[0]
 
 
 def choose_granularity(shared: Mapping[str, Any], *, tensor: str | None = None) -> str:
@@ -210,7 +214,7 @@ def check_together(
         )
     values = list(weights.values())
     total = sum(values)
-    if len(values) > MIN_MODELS and abs(total) >= MIN_WEIGHT_SUM:
+    if len(values) > MIN_MODELS and not sums_to_zero(values):
         for model, value in weights.items():
             if value / total < 0:
                 raise ConfigError(
@@ -239,7 +243,7 @@ def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
 
 def warn_of_zero_sum(weights: Sequence[float], tensor: str | None) -> None:
     """Say that the weights of a tensor cannot be normalised, if so."""
-    if abs(sum(weights)) < MIN_WEIGHT_SUM:
+    if sums_to_zero(weights):
         _warn_of_tensor(
             "nuslerp: the weights of %s, %s, sum to zero; the models are weighted "
             "equally instead",
@@ -283,28 +287,29 @@ def check_config(config: BaseModel, source: str | None = None) -> None:
         ConfigError: a parameter that begins with `nuslerp_` and does not exist, or a
             new one that stands where mergekit does not read it; a model listed twice.
     """
-    _check_names(config)
-    for part in _parts(config):
-        base = getattr(part, "base_model", None) or getattr(config, "base_model", None)
+    parts = list(_parts(config))
+    _check_names(dict.fromkeys(_names_in(parts)))
+    for part in parts:
+        base = part.get("base_model") or parts[0].get("base_model")
         for name in ("models", "sources"):
-            _check_inputs(getattr(part, name, None) or (), base)
+            if part.get(name):
+                _check_inputs(part[name], base)
     if source is not None:
         check_places(source)
 
 
 def _check_inputs(inputs: Sequence[Any], base: Hashable | None) -> None:
-    models = [entry.model for entry in inputs]
-    for entry in inputs:
-        times = models.count(entry.model)
+    models = Counter(entry.model for entry in inputs)
+    for model, times in models.items():
         if times > 1:
             raise ConfigError(
-                f"nuslerp: model {entry.model} is listed {times} times among the same "
+                f"nuslerp: model {model} is listed {times} times among the same "
                 "inputs, but a merge takes each model once. Remove it or write another "
                 "one; to merge layers of one model with each other, list it under a "
                 "second path."
             )
-        given = getattr(entry, "parameters", None) or ()
-        if entry.model == base and "weight" in given:
+    for entry in inputs:
+        if "weight" in (vars(entry).get("parameters") or ()) and entry.model == base:
             _warn_of_no_effect(
                 "weight",
                 f"under the base model {base}. To stay closer to it, write a `lambda` "
@@ -312,8 +317,7 @@ def _check_inputs(inputs: Sequence[Any], base: Hashable | None) -> None:
             )
 
 
-def _check_names(config: BaseModel) -> None:
-    given = dict.fromkeys(parameter_names(config))
+def _check_names(given: Collection[tuple[str, bool]]) -> None:
     names = {name for name, _ in given}
     if "nuslerp_row_wise" in names and names.isdisjoint(_WITH_ROW_WISE):
         _warn_of_no_effect(
@@ -344,12 +348,9 @@ def _tell_of_place(name: str, place: str) -> None:
 
     mergekit lets its own stand there, and configs may have them.
     """
-    (example,) = getattr(FIELDS.get(name), "examples", None) or [
-        f"`{name}` under `parameters`"
-    ]
     where = "" if name in PerModel.model_fields else " at the top level"
-    hint = f"{place}. Write, say, {example}{where}."
-    if name.startswith("nuslerp_") and name not in _OWN_FLAGS:
+    hint = f"{place}. Write, say, {_example(name)}{where}."
+    if name in NAMED or name not in FIELDS:
         raise ConfigError(f"nuslerp: parameter {name!r} has no effect {hint}")
     _warn_of_no_effect(name, hint)
 
@@ -394,24 +395,34 @@ def _warn_of_no_effect(name: str, hint: str) -> None:
 
 def parameter_names(config: BaseModel) -> Iterator[tuple[str, bool]]:
     """Names of all parameters in a config, and whether they stand under a model."""
-    for part in _parts(config):
-        for name in getattr(part, "parameters", None) or ():
-            yield name, "model" in type(part).model_fields
+    return _names_in(_parts(config))
+
+
+def _names_in(parts: Iterable[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+    for part in parts:
+        for name in part.get("parameters") or ():
+            yield name, "model" in part
 
 
 def filters(config: BaseModel) -> Iterator[str]:
     """The parts of tensors' names that a config has values for."""
     for part in _parts(config):
-        wanted = getattr(part, "filter", None)
-        if wanted is not None and wanted != "*":
-            yield wanted
+        for setting in (part.get("parameters") or {}).values():
+            for choice in setting if isinstance(setting, list) else [setting]:
+                wanted = getattr(choice, "filter", None)
+                if wanted is not None and wanted != "*":
+                    yield wanted
 
 
-def _parts(node: Any) -> Iterator[BaseModel]:
-    """All that mergekit has parsed a config into, from the outside in."""
+def _parts(node: Any) -> Iterator[dict[str, Any]]:
+    """The fields of a config's modules, slices and inputs, from the outside in."""
+    # mergekit 0.1.4 has a config checked for each tensor, and looking for attributes
+    # that are not there takes pydantic long. Hence dictionaries, and nothing within
+    # parameters and names of models, which are most of a config.
     if isinstance(node, BaseModel):
-        yield node
-        node = [getattr(node, name) for name in type(node).model_fields]
+        fields = vars(node)
+        yield fields
+        node = [fields[name] for name in fields if name not in ("parameters", "model")]
     elif isinstance(node, Mapping):
         node = list(node.values())
     if isinstance(node, list):

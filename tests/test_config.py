@@ -53,6 +53,20 @@ def refused(monkeypatch, checkpoints, tmp_path):
     return run
 
 
+@pytest.fixture
+def warned(checkpoints, tmp_path, caplog):
+    """The one warning about a parameter without effect that a merge gives."""
+    parameters._warn_of_no_effect.cache_clear()  # said once in a process
+    parameters.check_places.cache_clear()
+
+    def run(config):
+        merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+        (told,) = (message for message in caplog.messages if "no effect" in message)
+        return told
+
+    return run
+
+
 def test_the_config_is_in_order(config, checkpoints, tmp_path):
     merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
     assert load_tensors(tmp_path / "out")
@@ -195,23 +209,15 @@ def test_a_parameter_that_does_not_exist(config, refused):
     assert_names(message, "'nuslerp_flaten'", "'nuslerp_flatten'", "nuslerp_row_wise")
 
 
-def test_a_parameter_that_is_close_to_one(config, checkpoints, tmp_path, caplog):
-    parameters._warn_of_no_effect.cache_clear()  # said once in a process
+def test_a_parameter_that_is_close_to_one(config, warned):
     config["parameters"] = {"lamda": 0.5, "normalize": 1.0}
-    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-    (told,) = (message for message in caplog.messages if "no effect" in message)
-    assert_names(told, "'lamda'", "'lambda'")
+    assert_names(warned(config), "'lamda'", "'lambda'")
 
 
 @pytest.mark.parametrize("name", ["lambda", "nuslerp_flatten"])
-def test_what_is_the_same_for_all_models_under_one(
-    name, config, checkpoints, tmp_path, caplog
-):
-    parameters._warn_of_no_effect.cache_clear()
+def test_what_is_the_same_for_all_models_under_one(name, config, warned):
     config["models"][0]["parameters"][name] = 0
-    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-    (told,) = (message for message in caplog.messages if "no effect" in message)
-    assert_names(told, repr(name), "under a model", f"`{name}: ")
+    assert_names(warned(config), repr(name), "under a model", f"`{name}: ")
 
 
 @pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes only numbers")
@@ -222,12 +228,9 @@ def test_a_new_parameter_under_a_model(config, refused):
 
 
 @pytest.mark.parametrize("name", ["flatten", "row_wise"])
-def test_a_name_without_its_beginning(name, config, checkpoints, tmp_path, caplog):
-    parameters._warn_of_no_effect.cache_clear()
+def test_a_name_without_its_beginning(name, config, warned):
     config["parameters"] = {name: 0}
-    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-    (told,) = (message for message in caplog.messages if "no effect" in message)
-    assert_names(told, repr(name), f"'nuslerp_{name}'")
+    assert_names(warned(config), repr(name), f"'nuslerp_{name}'")
 
 
 def test_one_model(config, refused):
@@ -277,12 +280,9 @@ def test_weights_that_sum_to_zero_are_told_for_the_first_tensors(
     assert len(more) == (len(told) >= 3)
 
 
-def test_a_weight_of_the_base(config, checkpoints, tmp_path, caplog):
-    parameters._warn_of_no_effect.cache_clear()
+def test_a_weight_of_the_base(config, warned):
     config["models"].append({"model": "./base", "parameters": {"weight": 0.4}})
-    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-    (told,) = (message for message in caplog.messages if "no effect" in message)
-    assert_names(told, "'weight'", "under the base model ./base", "`lambda`")
+    assert_names(warned(config), "'weight'", "under the base model ./base", "`lambda`")
 
 
 @pytest.mark.parametrize("form", ["models", "slices"])
@@ -294,22 +294,15 @@ def test_a_model_that_is_listed_twice(form, config, refused):
     assert_names(refused(config), "model ./kd is listed 2 times", "write another one")
 
 
-def test_rows_or_columns_of_whole_tensors(config, checkpoints, tmp_path, caplog):
-    parameters._warn_of_no_effect.cache_clear()
+def test_rows_or_columns_of_whole_tensors(config, warned):
     config["parameters"] = {"nuslerp_row_wise": True}
-    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-    (told,) = (message for message in caplog.messages if "no effect" in message)
-    assert_names(told, "'nuslerp_row_wise'", "`nuslerp_flatten: false`")
+    assert_names(warned(config), "'nuslerp_row_wise'", "`nuslerp_flatten: false`")
 
 
 @pytest.mark.parametrize("outside", ["top", "parameter", "model"])
 @pytest.mark.parametrize("name", ["nuslerp_magnitude", "nuslerp_flaten", "lambda"])
-def test_parameters_outside_of_parameters(
-    outside, name, config, checkpoints, tmp_path, request, caplog
-):
+def test_parameters_outside_of_parameters(outside, name, config, warned, request):
     """mergekit drops what it does not know before a merge method sees the config."""
-    parameters._warn_of_no_effect.cache_clear()
-    parameters.check_places.cache_clear()
     given = {name: 0.5 if name == "lambda" else "linear"}
     if outside == "parameter":
         config["parameter"] = given
@@ -318,8 +311,7 @@ def test_parameters_outside_of_parameters(
     else:
         config |= given
     if name == "lambda":
-        merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-        (told,) = (message for message in caplog.messages if "no effect" in message)
+        told = warned(config)
     else:
         told = request.getfixturevalue("refused")(config)
     assert_names(told, repr(name), "outside of `parameters`", f"`{name}")

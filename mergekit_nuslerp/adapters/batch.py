@@ -124,10 +124,7 @@ class NuslerpMethod(BatchedMergeMethod):
         frame = planning.caller()
         config, task = planning.config_of(frame), frame.f_locals.get("self")
         if config is not None:
-            source = planning.source()
-            if source is not None:  # a merge, and progress is not shown yet
-                announce()
-            parameters.check_config(config, source)
+            planning.check(config)
         # Called for a slice when a config is planned, and for a tensor with the models
         # that were found to have it.
         is_slice = group_name is None or re.search(r"\.slices\[\d+\]$", group_name)

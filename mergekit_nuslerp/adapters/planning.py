@@ -24,6 +24,8 @@ from pydantic import BaseModel
 from safetensors import safe_open
 
 from mergekit_nuslerp.geometry import Magnitude
+from mergekit_nuslerp.parameters import check_config
+from mergekit_nuslerp.plugin import announce
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,21 @@ def config_of(frame: FrameType) -> BaseModel | None:
     return config if hasattr(config, "merge_method") else None
 
 
-def source() -> str | None:
+def check(config: BaseModel) -> None:
+    """Check a configuration that is being planned, and say that the plugin merges.
+
+    Raises:
+        ConfigError: as `check_config`.
+    """
+    source = _source()
+    if source is not None:  # a merge, and progress is not shown yet
+        announce()
+    check_config(config, source)
+
+
+def _source() -> str | None:
     """The YAML that one of mergekit's commands has read, if one plans."""
-    frame = sys._getframe(1).f_back
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] == "mergekit":
             text = frame.f_locals.get("config_source")

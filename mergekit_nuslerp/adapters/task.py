@@ -25,7 +25,6 @@ from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
 from mergekit_nuslerp.parameters import (
     NAMED,
     ConfigError,
-    check_config,
     check_models,
     check_together,
     parameter_names,
@@ -134,10 +133,7 @@ class NuslerpMethod(MergeMethod):
         config = planning.config_of(planning.caller())
         if config is not None:
             _refuse_named(name for name, _ in parameter_names(config))
-            source = planning.source()
-            if source is not None:  # a merge, and progress is not shown yet
-                announce()
-            check_config(config, source)
+            planning.check(config)
         name = output_weight.name
         shared, weights = _validated(name, parameters, tensor_parameters, base_model)
         check_models(_sources(tensors), base_model, place=name)
