@@ -31,6 +31,7 @@ from mergekit_nuslerp.geometry import Magnitude, sums_to_zero
 LOG = logging.getLogger(__package__)
 
 MIN_MODELS = 2
+_LARGEST_WEIGHT = 1e300
 
 # Of the tensors that a warning is about, as many are named, and how many have been.
 _NAMED_TENSORS = 3
@@ -52,8 +53,11 @@ class PerModel(BaseModel):
     """Parameters that each model but the base has its own value of."""
 
     weight: float = Field(
+        # So that sums of weights are finite too.
+        ge=-_LARGEST_WEIGHT,
+        le=_LARGEST_WEIGHT,
         allow_inf_nan=False,
-        description="a finite number",
+        description=f"a finite number, of at most {_LARGEST_WEIGHT:g} in size",
         examples=["`parameters: {weight: 0.5}` under each model but the base"],
     )
 
@@ -261,6 +265,17 @@ def warn_of_linear(linear: int, vectors: int, tensor: str | None) -> None:
             linear,
             vectors,
             _called(tensor),
+        )
+
+
+def warn_of_absent(absent: Sequence[Hashable], tensor: str) -> None:
+    """Say that a tensor is merged without some of the models, if so."""
+    if absent:
+        _warn_of_tensor(
+            "nuslerp: %s is merged without %s, which do%s not have it",
+            _called(tensor),
+            " and ".join(map(str, absent)),
+            "es" if len(absent) == 1 else "",
         )
 
 

@@ -61,7 +61,7 @@ def text(inspection: Inspection, *, full: bool = False) -> str:
         tables = _every_tensor if full else _overview
         blocks += tables(inspection)
         blocks.append(_paragraphs("- ", _sentences(inspection, names)))
-    blocks.append(_paragraphs("warning: ", _warnings(inspection, names)))
+    blocks.append(_paragraphs("warning: ", warnings(inspection)))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -363,7 +363,9 @@ def _on_departure(inspection: Inspection) -> Iterator[str]:
     )
 
 
-def _warnings(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
+def warnings(inspection: Inspection) -> Iterator[str]:
+    """Sentences about what one should know before the merge is run."""
+    names = _short_names(inspection)
     yield from _warn_of_same(inspection, names)
     yield from _warn_of_absent(inspection, names)
     yield from _warn_of_linear(inspection)

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
+from shutil import copytree, ignore_patterns
 
 import pytest
 import yaml
 from mergekit import merge_methods
 from mergekit.io.tasks import LoadTensor
+from safetensors.torch import save_file
 from support import LAYERS, load_tensors, merge_here
 
 from mergekit_nuslerp import parameters
@@ -89,8 +92,8 @@ def test_a_weight_missing_for_some_tensors(config, refused):
     assert_names(refused(config), "'weight'", "./sft", "embed_tokens", "missing")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_not_finite(config, refused, value):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])
+def test_a_weight_whose_sum_is_not_finite(config, refused, value):
     config["models"][0]["parameters"]["weight"] = value
     message = refused(config)
     assert_names(message, "'weight'", "./sft", "model.embed_tokens.weight", str(value))
@@ -278,6 +281,40 @@ def test_weights_that_sum_to_zero_are_told_for_the_first_tensors(
     assert levels == ["WARNING"] * min(3, len(told)) + ["INFO"] * (len(told) - 3)
     more = [message for message in caplog.messages if "--verbose" in message]
     assert len(more) == (len(told) >= 3)
+
+
+def test_a_tensor_that_one_of_three_models_does_not_have(checkpoints, tmp_path, caplog):
+    """In an architecture that mergekit finds out from the files."""
+    lacking = "model.layers.0.self_attn.q_proj.weight"
+    models = []
+    for name in ("base", "sft", "kd"):
+        folder = tmp_path / name
+        copytree(checkpoints / name, folder, ignore=ignore_patterns("*.safetensors*"))
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        settings["architectures"] = ["MadeUpForCausalLM"]
+        (folder / "config.json").write_text(json.dumps(settings), "utf-8")
+        tensors = load_tensors(checkpoints / name)
+        if name == "kd":
+            del tensors[lacking]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        models.append({"model": f"./{name}", "parameters": {"weight": 0.5}})
+
+    def merged(number):
+        caplog.clear()
+        parameters._WARNED.clear()
+        config = {"merge_method": "nuslerp", "models": models[:number]}
+        merge_here(yaml.dump(config), tmp_path / str(number), cwd=tmp_path)
+        told = [message for message in caplog.messages if "merged without" in message]
+        return load_tensors(tmp_path / str(number)), told
+
+    two, told = merged(2)
+    assert not told
+    three, (told,) = merged(3)
+    assert_names(told, f"tensor {lacking} is", "without ./kd, which does not have it")
+    # What is said is what is done.
+    same = {name for name in two if three[name].equal(two[name])}
+    assert lacking in same
+    assert not any("down_proj" in name for name in same)
 
 
 def test_a_weight_of_the_base(config, warned):

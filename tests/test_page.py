@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import pytest
 
+from mergekit_nuslerp import report
 from mergekit_nuslerp.inspection import (
     Distribution,
     Inspection,
@@ -166,8 +167,8 @@ def inspection(models: Sequence[str], *, layers: int) -> Inspection:
         models=list(models),
         tensors=[*tensors, head],
         skipped=[Skipped(name="position_ids", reason="its numbers are not fractional")],
-        left_out=[],
-        unmatched=[],
+        left_out=["vision"],
+        unmatched=[f"q_prj{HOSTILE[0]}"],
     )
 
 
@@ -183,8 +184,10 @@ shapes = pytest.mark.parametrize("shown", SHAPES.values(), ids=SHAPES)
 @needs_plotly
 @shapes
 def test_the_page_holds_every_figure(shown):
-    data = json.loads(Tags(page(shown)).text["data"])
+    tags = Tags(page(shown))
+    data = json.loads(tags.text["data"])
     assert data == json.loads(shown.model_dump_json(by_alias=True))
+    assert json.loads(tags.text["told"]) == list(report.warnings(shown))
 
 
 @needs_plotly
@@ -263,6 +266,10 @@ def test_a_browser_draws_it(shape, selected, tmp_path):
     assert "hidden" in tags.by_id["problem"], tags.text.get("problem")
     assert "img" not in tags.count
     assert tags.text["name"] == selected
+    warnings = list(report.warnings(shown))
+    assert len(warnings) > 2
+    assert tags.count["li"] == len(warnings) + len(shown.skipped)
+    assert "hidden" not in tags.by_id["warnings"]
 
     # One picture for the colours of each map, one for the cells beneath.
     maps = 3 if any(tensor.layer is not None for tensor in shown.tensors) else 0

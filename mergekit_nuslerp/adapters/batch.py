@@ -134,6 +134,8 @@ class NuslerpMethod(BatchedMergeMethod):
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if isinstance(task, ExecuteMergeMethodTask):
             _check_task(task)
+            absent = [model for model in task.model_order if model not in input_ids]
+            parameters.warn_of_absent(absent, task.output_weight.name)
 
     def _execute(
         self,

@@ -62,6 +62,8 @@ class NuslerpTask(Task[torch.Tensor]):
             (only,) = tensors.values()
             return only
         check_models(list(tensors), self.base_model, tensor=name)
+        absent = [model for model in self.weights if model not in tensors]
+        parameters.warn_of_absent(absent, name)
         models = [model for model in tensors if model != self.base_model]
         if self.base_model is not None:
             models.append(self.base_model)
