@@ -183,7 +183,7 @@ def inspect(
     try:
         if _hook.switched_off():
             raise ValueError(_off())
-        check_writable(outputs)
+        check_writable(outputs, config)
         if html is not None and importlib.util.find_spec("plotly") is None:
             raise ValueError(
                 "--html needs plotly: pip install 'mergekit-nuslerp[inspect]'"
@@ -301,14 +301,14 @@ def demo(out: Path) -> None:
     sys.exit(run_demo(out))
 
 
-def check_writable(paths: Sequence[Path]) -> None:
+def check_writable(paths: Sequence[Path], config: Path) -> None:
     """See that files can be written, before work is done for them.
 
     Raises:
-        ValueError: one that cannot, or one that is named twice.
+        ValueError: one that cannot, or one that is named twice or is the config.
     """
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError("each output needs a file of its own")
+    if len({path.resolve() for path in (config, *paths)}) <= len(paths):
+        raise ValueError("each output needs a file of its own, other than the config")
     for path in paths:
         if path.exists() and not path.is_file():
             raise ValueError(f"cannot write {path}: it is not a file")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from mergekit.architecture import get_architecture_info
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache, SaveTensor
@@ -184,6 +184,7 @@ def inspect(
             "to see these models' geometry"
         )
     register()
+    dtype_from_name(config.out_dtype)  # refuses what it does not know
     config = config.model_copy(deep=True)  # mergekit rewrites it while it plans
     options = options or MergeOptions()
     models = config.referenced_models()  # in any order

@@ -31,6 +31,7 @@ from mergekit_nuslerp.geometry import Magnitude, sums_to_zero
 LOG = logging.getLogger(__package__)
 
 MIN_MODELS = 2
+_PREFIX = "nuslerp_"
 _LARGEST_WEIGHT = 1e300
 
 # Of the tensors that a warning is about, as many are named, and how many have been.
@@ -132,12 +133,15 @@ def validate(
         return _adapter(name).validate_python(value)
     except ValidationError:
         field = FIELDS[name]
-        given = "is missing" if value is None else f"is {value!r}"
+        given, remedy = f"is {value!r}", ""
+        if value is None:
+            given = "is missing"
+            remedy = " End a list of filters with an entry for all, `- value: 0.5`."
         owner = "" if model is None else f" of model {model}"
         weight = "" if tensor is None else f" for tensor {tensor}"
         raise ConfigError(
             f"nuslerp: parameter {name!r}{owner}{weight} {given}, but must be "
-            f"{field.description}. Write, say, {_example(name)}."
+            f"{field.description}. Write, say, {_example(name)}.{remedy}"
         ) from None
 
 
@@ -343,13 +347,10 @@ def _check_names(given: Collection[tuple[str, bool]]) -> None:
             _tell_of_place(name, "under a model, as it is the same for all")
         if name in FIELDS:
             continue
-        prefixed = f"nuslerp_{name}"
-        if prefixed in FIELDS:
-            near = [prefixed]
-        else:
-            near = get_close_matches(name, FIELDS, 1, cutoff=0.75)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        if name.startswith("nuslerp_"):
+        bare = {field.removeprefix(_PREFIX): field for field in FIELDS}
+        near = get_close_matches(name.removeprefix(_PREFIX), bare, 1, cutoff=0.75)
+        hint = f" Did you mean {bare[near[0]]!r}?" if near else ""
+        if name.startswith(_PREFIX):
             raise ConfigError(
                 f"nuslerp: there is no parameter {name!r}.{hint} The parameters are "
                 f"{', '.join(FIELDS)}."
@@ -393,7 +394,7 @@ def _written(node: Any, *, in_place: bool = False) -> Iterator[tuple[str, bool]]
     """Parameters of ours in a YAML document, and whether they are in `parameters`."""
     if isinstance(node, dict):
         for name, value in node.items():
-            if name in FIELDS or str(name).startswith("nuslerp_"):
+            if name in FIELDS or str(name).startswith(_PREFIX):
                 yield name, in_place
             elif name != "tokenizer":  # names tokens, which may be called anything
                 yield from _written(value, in_place=name == "parameters")
@@ -498,6 +499,27 @@ def check_models(
         f"nuslerp: at least {MIN_MODELS} models besides the base are merged, but there "
         f"{'is' if len(others) == 1 else 'are'} {len(others)}{where}{listed}. {remedy}"
     )
+
+
+def check_gathered(
+    models: Iterable[Hashable], gathered: Collection[Hashable], tensor: str
+) -> None:
+    """Refuse to merge a tensor without models that mergekit drops from it.
+
+    It takes as many of the last slice's models for what comes after the layers as the
+    first slice has.
+
+    Raises:
+        ConfigError: naming the models, and what to write instead.
+    """
+    dropped = [str(model) for model in models if model not in gathered]
+    if dropped:
+        raise ConfigError(
+            f"nuslerp: tensor {tensor} would be merged without {', '.join(dropped)}, "
+            "as the first slice has fewer sources than the last and mergekit takes its "
+            "number for what comes after the layers. List as many sources in the first "
+            "slice, with `weight: 0` where they are to have no part."
+        )
 
 
 def nonfinite(tensor: str | None, model: Hashable, *, is_base: bool) -> str:

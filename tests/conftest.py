@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from zlib import crc32
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +21,8 @@ from support import LAYERS, Demo
 
 # Other numbers, to look for tests that only some of them pass.
 SEED = int(os.environ.get("TEST_SEED", 0))
+hypothesis.settings.register_profile("tests", derandomize=SEED == 0)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

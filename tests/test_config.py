@@ -89,7 +89,9 @@ def test_a_missing_weight(config, refused):
 
 def test_a_weight_missing_for_some_tensors(config, refused):
     config["models"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": 0.4}]
-    assert_names(refused(config), "'weight'", "./sft", "embed_tokens", "missing")
+    message = refused(config)
+    assert_names(message, "'weight'", "./sft", "embed_tokens", "missing")
+    assert_names(message, "End a list of filters", "`- value: 0.5`")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])
@@ -143,7 +145,10 @@ def test_a_word_that_is_none_of_those(config, refused, name, value, allowed):
 @pytest.mark.parametrize("name", parameters.NAMED)
 def test_words_need_the_newer_mergekit(config, refused, name, value):
     config["parameters"] = {name: value}
-    assert_names(refused(config), repr(name), "only numbers", "mergekit==0.1.5")
+    message = refused(config)
+    assert_names(message, repr(name), "only numbers", "mergekit==0.1.5")
+    # What flags can say, they may.
+    assert ("nuslerp_row_wise" in message) == (name == "nuslerp_granularity")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -206,10 +211,21 @@ def test_a_block_that_does_not_fit(config, refused):
     assert near and all(rows % number == 0 for number in near)
 
 
-def test_a_parameter_that_does_not_exist(config, refused):
-    config["models"][0]["parameters"]["nuslerp_flaten"] = True
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("nuslerp_flaten", "nuslerp_flatten"),
+        ("nuslerp_lambda", "lambda"),
+        ("nuslerp_weights", "weight"),
+        ("nuslerp_length", None),
+    ],
+)
+def test_a_parameter_that_does_not_exist(name, meant, config, refused):
+    config["models"][0]["parameters"][name] = True
     message = refused(config)
-    assert_names(message, "'nuslerp_flaten'", "'nuslerp_flatten'", "nuslerp_row_wise")
+    assert_names(message, repr(name), "parameters are weight, nuslerp_row_wise")
+    assert ("Did you mean" in message) == (meant is not None)
+    assert_names(message, repr(meant) if meant else name)
 
 
 def test_a_parameter_that_is_close_to_one(config, warned):
@@ -315,6 +331,59 @@ def test_a_tensor_that_one_of_three_models_does_not_have(checkpoints, tmp_path, 
     same = {name for name in two if three[name].equal(two[name])}
     assert lacking in same
     assert not any("down_proj" in name for name in same)
+
+
+def slices(*parts):
+    """Two layers of some models each, all with the same weight but the base."""
+    return [
+        {
+            "sources": [
+                {
+                    "model": f"./{name}",
+                    "layer_range": [2 * number, 2 * number + 2],
+                    "parameters": {} if name == "base" else {"weight": 1},
+                }
+                for name in names
+            ]
+        }
+        for number, names in enumerate(parts)
+    ]
+
+
+@pytest.mark.parametrize(
+    "first, last",
+    [
+        (("base", "sft", "kd"), ("base", "sft", "kd", "dpo")),
+        (("sft", "kd"), ("sft", "kd", "base")),
+    ],
+)
+def test_slices_that_would_lose_a_model_after_the_layers(first, last, config, refused):
+    """mergekit takes as many there as the first slice has."""
+    del config["models"]
+    config["slices"] = slices(first, last)
+    if "base" not in first:
+        del config["base_model"]
+        config["slices"][1]["base_model"] = "./base"
+    message = refused(config, (ConfigError, RuntimeError))
+    assert_names(message, f"without ./{last[-1]}, as the first slice", "`weight: 0`")
+    assert_names(message, "tensor model.norm.weight")
+
+
+def test_slices_of_several_numbers_of_models(config, checkpoints, tmp_path):
+    """As the message about slices says that they are to be written."""
+    del config["models"]
+    config["slices"] = slices(*[("base", "sft", "kd", "dpo")] * 2)
+    unused = config["slices"][0]["sources"][3]
+    unused["parameters"]["weight"] = 0
+    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
+    merged = load_tensors(tmp_path / "out")
+    config["slices"] = slices(("base", "sft", "kd"), ("base", "sft", "kd"))
+    merge_here(yaml.dump(config), tmp_path / "two", cwd=checkpoints)
+    two = load_tensors(tmp_path / "two")
+    for name in ("embed_tokens", "layers.0.mlp.up_proj"):
+        assert merged[f"model.{name}.weight"].equal(two[f"model.{name}.weight"])
+    for name in ("model.layers.2.mlp.up_proj", "lm_head"):
+        assert not merged[f"{name}.weight"].equal(two[f"{name}.weight"])
 
 
 def test_a_weight_of_the_base(config, warned):

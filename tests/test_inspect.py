@@ -1171,6 +1171,21 @@ def test_two_outputs_in_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unread")
+def test_an_output_in_place_of_the_config(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG, encoding="utf-8")
+    done = command(tmp_path, "config.yaml", "--json", tmp_path / "config.yaml")
+    assert_refused(done, "other than the config")
+    assert config.read_text(encoding="utf-8") == CONFIG
+
+
+def test_a_dtype_that_the_merge_could_not_write(small: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"{CONFIG}\nout_dtype: bf17\n", encoding="utf-8")
+    assert_refused(command(small, config), 'Unimplemented dtype "bf17"')
+
+
+@pytest.mark.usefixtures("unread")
 def test_a_page_needs_plotly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
     done = command(tmp_path, "config.yaml", "--html", "page.html")
@@ -1230,7 +1245,7 @@ def test_files_are_written_whole_or_not_at_all(
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("before", encoding="utf-8")
     (tmp_path / "link").symlink_to("real")
-    cli.check_writable([tmp_path / "link"])
+    cli.check_writable([tmp_path / "link"], tmp_path / "config.yaml")
     cli.write_together({tmp_path / "link": "after"})
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text(encoding="utf-8") == "after"

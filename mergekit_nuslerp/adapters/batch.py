@@ -190,7 +190,9 @@ def _check_task(task: ExecuteMergeMethodTask) -> None:
     name = task.output_weight.name
     # Only a block may not fit, and a file's header takes a while to read.
     has_blocks = ":" in (shared["nuslerp_granularity"] or "")
+    sources = planning.sources(task.gather_tensors)
     try:
+        parameters.check_gathered(task.model_order, sources, name)
         parameters.check_together(
             shared,
             weights,

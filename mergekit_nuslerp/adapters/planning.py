@@ -93,6 +93,12 @@ def resolved_for() -> dict[str, Any]:
     return {}
 
 
+def sources(tensors: Any) -> list[Any]:
+    """The models that mergekit's task gathers a weight from, in its order."""
+    gather = getattr(tensors, "gather_tensors", tensors)
+    return list(getattr(gather, "weight_info", None) or gather.tensors)
+
+
 def has_vocabulary(info: Any) -> bool:
     """Whether mergekit's WeightInfo says that a weight has a row for each token."""
     axis = getattr(info, "vocabulary_axis", None)  # of mergekit 0.1.5

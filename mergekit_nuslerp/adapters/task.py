@@ -25,6 +25,7 @@ from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
 from mergekit_nuslerp.parameters import (
     NAMED,
     ConfigError,
+    check_gathered,
     check_models,
     check_together,
     parameter_names,
@@ -132,13 +133,15 @@ class NuslerpMethod(MergeMethod):
         base_model: Optional[ModelReference],
         **_kwargs: Any,
     ) -> Task:
-        config = planning.config_of(planning.caller())
+        frame, name = planning.caller(), output_weight.name
+        config = planning.config_of(frame)
         if config is not None:
             _refuse_named(name for name, _ in parameter_names(config))
             planning.check(config)
-        name = output_weight.name
+        sources = planning.sources(tensors)
+        check_gathered(frame.f_locals.get("models", ()), sources, name)
         shared, weights = _validated(name, parameters, tensor_parameters, base_model)
-        check_models(_sources(tensors), base_model, place=name)
+        check_models(sources, base_model, place=name)
         has_base = base_model is not None
         granularity = check_together(shared, weights, has_base=has_base, tensor=name)
         return NuslerpTask(
@@ -169,12 +172,6 @@ def _definitions(declared: Mapping[str, Any]) -> List[ConfigParameterDef]:
     ]
 
 
-def _sources(tensors: MergeTensorInput) -> List[ModelReference]:
-    """The models that a weight will be gathered from, in mergekit's order."""
-    gather: Any = getattr(tensors, "gather_tensors", tensors)
-    return list(getattr(gather, "weight_info", None) or gather.tensors)
-
-
 def _validated(
     tensor: str,
     shared: ImmutableMap[str, Any],
@@ -201,10 +198,11 @@ def _refuse_named(names: Iterable[str]) -> None:
     """Refuse the parameters that take words, which mergekit 0.1.4 does not."""
     for name in names:
         if name in NAMED:
+            instead = ", or use `nuslerp_flatten` and `nuslerp_row_wise`"
             raise ConfigError(
                 f"nuslerp: parameter {name!r} takes a word, and mergekit 0.1.4 takes "
-                "only numbers. Install mergekit 0.1.5 (`pip install mergekit==0.1.5`), "
-                "or use `nuslerp_flatten` and `nuslerp_row_wise`."
+                "only numbers. Install mergekit 0.1.5 (`pip install mergekit==0.1.5`)"
+                f"{instead if name == 'nuslerp_granularity' else ''}."
             )
 
 
