@@ -100,6 +100,7 @@ _unspellable: dict[str, Any] = {"lambda": (float, _lambda)}
 Shared: type[BaseModel] = create_model("Shared", __base__=_Named, **_unspellable)
 
 FIELDS = {**PerModel.model_fields, **Shared.model_fields}
+_WITHOUT_PREFIX = {name.removeprefix(_PREFIX): name for name in FIELDS}
 
 # mergekit 0.1.4 takes only numbers for parameters, and so does not have these.
 NAMED = ("nuslerp_granularity", "nuslerp_magnitude")
@@ -347,9 +348,9 @@ def _check_names(given: Collection[tuple[str, bool]]) -> None:
             _tell_of_place(name, "under a model, as it is the same for all")
         if name in FIELDS:
             continue
-        bare = {field.removeprefix(_PREFIX): field for field in FIELDS}
-        near = get_close_matches(name.removeprefix(_PREFIX), bare, 1, cutoff=0.75)
-        hint = f" Did you mean {bare[near[0]]!r}?" if near else ""
+        short = name.removeprefix(_PREFIX)
+        near = get_close_matches(short, _WITHOUT_PREFIX, 1, cutoff=0.75)
+        hint = f" Did you mean {_WITHOUT_PREFIX[near[0]]!r}?" if near else ""
         if name.startswith(_PREFIX):
             raise ConfigError(
                 f"nuslerp: there is no parameter {name!r}.{hint} The parameters are "

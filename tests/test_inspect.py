@@ -1174,7 +1174,7 @@ def test_two_outputs_in_one_file(tmp_path: Path) -> None:
 def test_an_output_in_place_of_the_config(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG, encoding="utf-8")
-    done = command(tmp_path, "config.yaml", "--json", tmp_path / "config.yaml")
+    done = command(tmp_path, "config.yaml", "--json", config)
     assert_refused(done, "other than the config")
     assert config.read_text(encoding="utf-8") == CONFIG
 

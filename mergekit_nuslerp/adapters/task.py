@@ -198,11 +198,13 @@ def _refuse_named(names: Iterable[str]) -> None:
     """Refuse the parameters that take words, which mergekit 0.1.4 does not."""
     for name in names:
         if name in NAMED:
-            instead = ", or use `nuslerp_flatten` and `nuslerp_row_wise`"
+            instead = ""
+            if name == "nuslerp_granularity":
+                instead = ", or use `nuslerp_flatten` and `nuslerp_row_wise`"
             raise ConfigError(
                 f"nuslerp: parameter {name!r} takes a word, and mergekit 0.1.4 takes "
                 "only numbers. Install mergekit 0.1.5 (`pip install mergekit==0.1.5`)"
-                f"{instead if name == 'nuslerp_granularity' else ''}."
+                f"{instead}."
             )
 
 
