@@ -16,8 +16,9 @@ REGISTRY = "mergekit.merge_methods.registry"
 SWITCH = "MERGEKIT_NUSLERP"
 
 _OFF = ("0", "false", "off", "no")
-_ON = ("", "1", "true", "on", "yes")
-_COMPILED = ("compile", "compiled")
+# "compile" asked for loops that are not needed any more.
+_ON = ("", "1", "true", "on", "yes", "compile", "compiled")
+_PORTABLE = ("portable",)
 
 
 def switched_off():
@@ -25,16 +26,18 @@ def switched_off():
     return _switch() in _OFF
 
 
-def compiled():
-    """Whether the user wants compiled loops."""
-    return _switch() in _COMPILED
+def portable():
+    """Whether the user wants PyTorch's operations and no C++."""
+    return _switch() in _PORTABLE
 
 
 def misspelt():
     """What to say about a value of the switch that means nothing, or nothing."""
-    if _switch() in (*_OFF, *_ON, *_COMPILED):
+    if _switch() in ("compile", "compiled"):
+        return f"{SWITCH}={os.environ[SWITCH]} is not needed any more: it has no effect"
+    if _switch() in (*_OFF, *_ON, *_PORTABLE):
         return ""
-    return f"{SWITCH}={os.environ[SWITCH]} has no effect; it may be 0, 1 or compile"
+    return f"{SWITCH}={os.environ[SWITCH]} has no effect; it may be 0, 1 or portable"
 
 
 def _switch():

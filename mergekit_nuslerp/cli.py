@@ -35,6 +35,9 @@ try:
     method = methods.get("nuslerp")
     answer["module"] = type(method).__module__
     answer["failure"] = getattr(method, "mergekit_nuslerp_failure", None)
+    if answer["module"].startswith("mergekit_nuslerp."):
+        from mergekit_nuslerp import passes
+        answer["arithmetic"] = passes.description()
 except Exception as error:
     answer["error"] = f"{type(error).__name__}: {error}"
 print("\\n" + json.dumps(answer))
@@ -67,11 +70,11 @@ def status() -> None:
         sys.exit(1)
     if _hook.misspelt():
         click.echo(f"warning: {_hook.misspelt()}.", err=True)
-    loops = ", in compiled loops" if _hook.compiled() else ""
     click.echo(
         f"on: mergekit {answer['mergekit']} merges `merge_method: nuslerp` with "
-        f"mergekit-nuslerp {__version__} (torch {answer['torch']}){loops}."
+        f"mergekit-nuslerp {__version__} (torch {answer['torch']})."
     )
+    click.echo(f"arithmetic: {answer.get('arithmetic')}.")
 
 
 def why_not(answer: dict[str, Any]) -> str | None:

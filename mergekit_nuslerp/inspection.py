@@ -48,7 +48,6 @@ from mergekit_nuslerp.parameters import (
     unlike_shapes,
 )
 from mergekit_nuslerp.plugin import mergekit_version
-from mergekit_nuslerp.streaming import one_thread
 
 # Bins of the angles' histograms.
 _BINS = 40
@@ -344,8 +343,7 @@ def measure(
         raise ValueError(
             nonfinite(planned.name, culprit, is_base=error.model is None)
         ) from None
-    with one_thread():
-        return _described(planned, models, inputs, base, grams)
+    return _described(planned, models, inputs, base, grams)
 
 
 def _described(
@@ -364,12 +362,8 @@ def _described(
     grams = grams[:, :count, :count]
     given_weights = [planned.weights[model] for model in models]
     weights = normalize_weights(torch.tensor(given_weights, dtype=grams.dtype))
-    tolerance = torch.finfo(dtype).eps
     coefficients, unique = mean_coefficients(
-        grams,
-        weights,
-        magnitude=planned.magnitude,
-        antipodal_tolerance=tolerance,
+        grams, weights, magnitude=planned.magnitude
     )
     squares = grams.diagonal(dim1=-2, dim2=-1)
     norms = squares.sum(0).sqrt()
@@ -404,7 +398,7 @@ def _described(
         ],
         absent=[str(model) for model in planned.weights if model not in models],
         pairs=[
-            _pair(models, grams, first, second, antipodal_bound(grams.dtype, tolerance))
+            _pair(models, grams, first, second, antipodal_bound(grams.dtype))
             for first, second in combinations(range(count), 2)
         ],
         norm_ratio=_ratio(float(norms.max()), float(norms.min())),

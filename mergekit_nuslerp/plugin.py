@@ -84,10 +84,9 @@ def announce() -> None:
     mergekit shows nothing below WARNING, and which code made a model must be seen.
     """
     LOG.warning(
-        "mergekit-nuslerp %s merges here in place of mergekit's own nuslerp%s "
+        "mergekit-nuslerp %s merges here in place of mergekit's own nuslerp "
         "(MERGEKIT_NUSLERP=0 switches it off)",
         mergekit_nuslerp.__version__,
-        ", in compiled loops" if _hook.compiled() else "",
     )
     if _hook.misspelt():
         LOG.warning("mergekit-nuslerp: %s", _hook.misspelt())

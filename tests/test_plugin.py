@@ -25,7 +25,7 @@ from mergekit import merge_methods
 from support import Finished, clean_environment, run_command
 
 import mergekit_nuslerp
-from mergekit_nuslerp import _hook, cli, plugin
+from mergekit_nuslerp import _hook, cli, passes, plugin
 
 PACKAGE = Path(mergekit_nuslerp.__file__).parent
 
@@ -302,7 +302,7 @@ def test_the_demo_needs_the_plugin(tmp_path):
 @pytest.mark.parametrize(
     "value, said",
     [
-        ("compile", "in compiled loops"),
+        ("compile", "MERGEKIT_NUSLERP=compile is not needed any more"),
         ("complie", "MERGEKIT_NUSLERP=complie has no effect"),
     ],
 )
@@ -313,6 +313,19 @@ def test_status_says_what_the_switch_does(value, said, monkeypatch):
     result = CliRunner().invoke(cli.main, ["status"], env={"MERGEKIT_NUSLERP": value})
     assert result.exit_code == 0, result.output
     assert said in result.output
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("1", passes.description()),
+        ("portable", "portable pass (PyTorch), as MERGEKIT_NUSLERP=portable says"),
+    ],
+)
+def test_status_says_which_pass_serves(value, said):
+    result = CliRunner().invoke(cli.main, ["status"], env={"MERGEKIT_NUSLERP": value})
+    assert result.exit_code == 0, result.output
+    assert f"arithmetic: {said}." in result.output
 
 
 @pytest.mark.parametrize(

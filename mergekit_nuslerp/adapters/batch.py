@@ -27,7 +27,7 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.batching import prepare_batches
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_nuslerp import _hook, parameters
+from mergekit_nuslerp import parameters
 from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.kernel import Merged, NonFiniteError, merge_batch
 from mergekit_nuslerp.parameters import nonfinite, warn_of_linear
@@ -87,7 +87,6 @@ def _merge(batch: TensorBatch, *, weight: torch.Tensor, **shared: Any) -> Merged
         granularity=parameters.choose_granularity(shared),
         magnitude=shared["nuslerp_magnitude"],
         lambda_=shared["lambda"],
-        compiled=_hook.compiled(),
     )
 
 

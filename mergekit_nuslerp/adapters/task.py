@@ -19,7 +19,7 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.rectify_embed import rectify_embed_sizes
 from pydantic import ValidationError
 
-from mergekit_nuslerp import _hook, parameters
+from mergekit_nuslerp import parameters
 from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
 from mergekit_nuslerp.parameters import (
@@ -88,7 +88,6 @@ class NuslerpTask(Task[torch.Tensor]):
                 base=None if base is None else base.unsqueeze(0),
                 granularity=self.granularity,
                 lambda_=self.lambda_,
-                compiled=_hook.compiled(),
             )
         except NonFiniteError as error:
             model = models[-1 if error.model is None else error.model]
