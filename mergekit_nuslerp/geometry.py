@@ -6,6 +6,10 @@
 The weighted mean of directions lies in the span of its inputs, so its coefficients
 depend only on the inputs' Gram matrix. Everything here works on small tensors: one
 N x N matrix a vector, however long the vectors are.
+
+PyTorch hands `sqrt`, `sin`, `acos`, `exp` and `log` over to threads of MKL's. They take
+long where a machine is busy, and forever in a forked process. So other functions stand
+here for them: `_sqrt`, `sinc`, `atan2` and powers.
 """
 
 from __future__ import annotations
@@ -100,7 +104,7 @@ def mean_coefficients(
     zero = squares == 0
     # Each `where` here and below replaces what the formula cannot take *before* it is
     # taken: selecting afterwards would still leave NaN in the derivative.
-    lengths = torch.where(zero, 1, squares).sqrt()
+    lengths = _sqrt(torch.where(zero, 1, squares))
     pair = gram.shape[-1] == 2
     if not pair or magnitude != "slerp":  # a pair's direction takes one, no matrices
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -133,14 +137,14 @@ def _resize(
     if magnitude == "linear":
         length = (weights * lengths).sum(-1, keepdim=True).clamp(min=0)
     else:
-        length = (weights * nonzero.log()).sum(-1, keepdim=True).exp()
+        length = (nonzero**weights).prod(-1, keepdim=True)
         vanishing = (zero & (weights != 0)).any(-1, keepdim=True)
         length = torch.where(vanishing, 0, length)
     # Of a unit vector, zero vectors leave less than a unit vector.
     kept = torch.where(zero, 0, directions)
     square = (kept.unsqueeze(-1) * cosines * kept.unsqueeze(-2)).sum((-2, -1))
     shortened = zero.any(-1) & (square > 0)
-    remainder = torch.where(shortened, square, 1).sqrt().unsqueeze(-1)
+    remainder = _sqrt(torch.where(shortened, square, 1)).unsqueeze(-1)
     return kept * length / nonzero / remainder
 
 
@@ -153,9 +157,8 @@ def _slerp(
     linear = (cosine >= 1) | opposite
     cosine = torch.where(linear, 0, cosine)
     # A product, since 1 - cosine^2 would lose the sine's digits near both ends.
-    sine = ((1 - cosine) * (1 + cosine)).sqrt()
+    sine = _sqrt((1 - cosine) * (1 + cosine))
     turns = weights * torch.atan2(sine, cosine).unsqueeze(-1) / math.pi
-    # sin(w theta), by functions that PyTorch works out in one thread.
     spherical = math.pi * turns * torch.sinc(turns) / sine.unsqueeze(-1)
     return torch.where(linear.unsqueeze(-1), weights, spherical), unique
 
@@ -244,11 +247,11 @@ class _LogMaps:
         self, mean: torch.Tensor, cosines: torch.Tensor, weights: torch.Tensor
     ):
         x = _product(cosines, mean)
-        length = (mean * x).sum(-1, keepdim=True).sqrt()
+        length = _sqrt((mean * x).sum(-1, keepdim=True))
         self.mean, x = mean / length, x / length
         bound = 1 - 4 * torch.finfo(x.dtype).eps
         at = x.detach().clamp(-bound, bound)
-        sine = ((1 - at) * (1 + at)).sqrt()
+        sine = _sqrt((1 - at) * (1 + at))
         ratio = torch.atan2(sine, at) / sine
         # The derivative of -ratio. Autograd's own would lose its digits near x = 1.
         self.slope = (1 - at * ratio) / sine.square()
@@ -263,7 +266,7 @@ class _LogMaps:
     def length(self) -> torch.Tensor:
         """Length `(...)` of the sum of the log maps."""
         inner = _product(self.cosines, self.total)
-        return (self.total * inner).sum(-1).clamp(min=0).sqrt()
+        return _sqrt((self.total * inner).sum(-1).clamp(min=1e-30))
 
     def newton_step(self) -> torch.Tensor:
         """Coefficients `(..., N)` of the tangent vector that cancels the log maps."""
@@ -280,6 +283,10 @@ class _LogMaps:
                 step = np.linalg.solve(hessian.numpy(), self.total.numpy()[..., None])
                 return torch.from_numpy(step[..., 0])
         return torch.linalg.solve_ex(hessian, self.total)[0]
+
+
+def _sqrt(positive: torch.Tensor) -> torch.Tensor:
+    return positive * positive.rsqrt()
 
 
 def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

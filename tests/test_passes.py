@@ -323,7 +323,9 @@ def test_memory_beyond_the_result_does_not_grow_with_the_weight(
 
 
 @pytest.mark.parametrize(
-    ("count", "weights"), [(2, (0.3, 0.7)), (2, (2, -1)), (3, WEIGHTS[3])], ids=str
+    ("count", "weights"),
+    [(2, (0.3, 0.7)), (2, (2, -1)), (3, WEIGHTS[3]), (8, WEIGHTS[8])],
+    ids=str,
 )
 @all_granularities
 @all_magnitudes
@@ -348,16 +350,6 @@ def test_gradients_agree_with_finite_differences(
         )
 
     assert torch.autograd.gradcheck(merge, inputs, fast_mode=True)
-
-
-@pytest.mark.parametrize("count", [4, 8])
-def test_gradients_of_more_models(count):
-    tensors = [normal(3, 12, seed=seed).requires_grad_() for seed in range(count)]
-
-    def merge(*tensors: torch.Tensor) -> torch.Tensor:
-        return nuslerp(tensors, range(1, count + 1), granularity="row")
-
-    assert torch.autograd.gradcheck(merge, tensors, fast_mode=True)
 
 
 @all_granularities
