@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_nuslerp import __version__, _hook, plugin, register
+from mergekit_nuslerp import SWITCH, __version__, _hook, register, switched_off
+from mergekit_nuslerp.messages import brief, shortened
 
 if TYPE_CHECKING:
     from mergekit_nuslerp.inspection import Inspection
@@ -34,7 +35,11 @@ try:
     import mergekit.merge_methods as methods
     method = methods.get("nuslerp")
     answer["module"] = type(method).__module__
-    answer["failure"] = getattr(method, "mergekit_nuslerp_failure", None)
+    import mergekit_nuslerp
+    answer["failure"] = mergekit_nuslerp.failure
+    if answer["module"].startswith("mergekit_nuslerp.adapters"):
+        from mergekit_nuslerp import plugin
+        plugin.try_merge()
 except Exception as error:
     answer["error"] = f"{type(error).__name__}: {error}"
 print("\\n" + json.dumps(answer))
@@ -79,9 +84,9 @@ def why_not(answer: dict[str, Any]) -> str | None:
     if answer.get("failure"):
         return str(answer["failure"])
     if str(answer.get("module", "")).startswith("mergekit_nuslerp."):
-        return None
-    if _hook.switched_off():
-        return f"{_hook.SWITCH}={os.environ[_hook.SWITCH]} switches it off."
+        return answer.get("error")
+    if switched_off():
+        return f"{SWITCH}={os.environ[SWITCH]} switches it off."
     if "error" in answer:
         return f"mergekit could not be imported ({answer['error']})."
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
@@ -94,10 +99,7 @@ def why_not(answer: dict[str, Any]) -> str | None:
     major, minor = (int(part) for part in answer["torch"].split(".")[:2])
     if (major, minor) < (2, 5):
         return f"torch {answer['torch']} starts no plugins: install 2.5 or newer."
-    return (
-        f"It does not know mergekit {answer['mergekit']} (it knows "
-        f"{' and '.join(plugin.ADAPTERS)}), or its installation is damaged."
-    )
+    return "Its installation is damaged: reinstall it."
 
 
 @main.command(
@@ -112,7 +114,7 @@ def run(arguments: tuple[str, ...]) -> None:
     For where PyTorch's autoloading is switched off. Elsewhere `mergekit-yaml` itself
     does the same.
     """
-    if _hook.switched_off():
+    if switched_off():
         raise click.UsageError(f"{_off()}, or run mergekit-yaml")
     register()
     from mergekit.scripts.run_yaml import main as mergekit_yaml
@@ -121,9 +123,7 @@ def run(arguments: tuple[str, ...]) -> None:
 
 
 def _off() -> str:
-    return (
-        f"{_hook.SWITCH}={os.environ[_hook.SWITCH]} switches the plugin off; unset it"
-    )
+    return f"{SWITCH}={os.environ[SWITCH]} switches the plugin off; unset it"
 
 
 def _print_schema(context: click.Context, _option: Any, wanted: bool) -> None:
@@ -181,7 +181,7 @@ def inspect(
     """
     outputs = [path for path in (html, records, csv) if path is not None]
     try:
-        if _hook.switched_off():
+        if switched_off():
             raise ValueError(_off())
         check_writable(outputs, config)
         if html is not None and importlib.util.find_spec("plotly") is None:
@@ -202,17 +202,10 @@ def inspect(
             texts[csv] = report.table(inspection)
         write_together(texts)
     except (ImportError, OSError, ValueError) as error:
-        raise _Refused(_shortened(str(error))) from error
+        raise _Refused(shortened(str(error))) from error
     click.echo(report.text(inspection, full=full), nl=False)
     for path in outputs:
         click.echo(f"wrote {path}")
-
-
-def _shortened(message: str, most: int = 500) -> str:
-    """A message in one line; of a long one both ends, as either may say the reason."""
-    line = " ".join(message.split())
-    end = most // 2
-    return line if len(line) <= most else f"{line[:end]} [...] {line[-end:]}"
 
 
 def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
@@ -223,7 +216,6 @@ def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
     """
     with config.open(encoding="utf-8") as file, _bar() as progress:
         import yaml
-        from pydantic import ValidationError
         from safetensors import SafetensorError
 
         try:
@@ -239,21 +231,26 @@ def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
                 "each to a file of its own"
             )
 
-        register()  # first, since mergekit 0.1.4's config is told of new parameters
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{config} is no config: it holds {brief(content)}, but must hold "
+                "names and values, such as `merge_method: nuslerp`"
+            )
+        if content.get("merge_method") != "nuslerp":
+            raise ValueError(
+                f"this config merges by {brief(content.get('merge_method'))}. "
+                "`inspect` shows merges by `nuslerp`: write `merge_method: nuslerp` "
+                "and a `weight` under each model to see these models' geometry"
+            )
+        register()  # first, as it checks configs while they are read
         from mergekit.config import MergeConfiguration
         from mergekit.options import MergeOptions
 
         from mergekit_nuslerp.inspection import inspect
-        from mergekit_nuslerp.parameters import check_places
 
         try:
             parsed = MergeConfiguration.model_validate(content)
-            check_places(source)
             return inspect(parsed, MergeOptions(**options), progress=progress)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{config}: {place} {first['msg']}") from error
         except (
             ArithmeticError,
             AssertionError,
@@ -294,7 +291,7 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 def demo(out: Path) -> None:
     """Make three small checkpoints in OUT, merge them, and show the result."""
-    if _hook.switched_off():
+    if switched_off():
         raise click.UsageError(_off())
     from mergekit_nuslerp.demo import run as run_demo
 

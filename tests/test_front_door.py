@@ -81,7 +81,6 @@ def test_mergekit_pytorch(checkpoints, models, tmp_path):
     for name, tensors in zip(("base", "sft", "kd"), models):
         save_file(tensors, tmp_path / f"{name}.safetensors")
     config = {**CONFIG, "base_model": "./base.safetensors"}
-    config["parameters"] = {"lamda": 0.5}
     config["models"] = [
         {**entry, "model": f"{entry['model']}.safetensors"}
         for entry in CONFIG["models"]
@@ -90,7 +89,6 @@ def test_mergekit_pytorch(checkpoints, models, tmp_path):
     done = run_command(command("mergekit-pytorch"), "config.yaml", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.announcements == 1
-    assert "parameter 'lamda' has no effect" in done.stderr
     assert_is_our_merge(load_tensors(tmp_path / "out"), models)
 
 
@@ -225,7 +223,7 @@ def test_one_tensor_object_for_base_and_model():
 @only_batched
 def test_mistakes_of_direct_callers():
     a, b = torch.randn(2, 8)
-    with pytest.raises(parameters.ConfigError, match="'weight' is missing"):
+    with pytest.raises(parameters.ConfigError, match="'weight' of model 0 is missing"):
         merge_tensors([a, b], "nuslerp")
     with pytest.raises(parameters.ConfigError, match="there is 1"):
         merge_tensors([a], "nuslerp", parameters={"weight": 1.0})
@@ -316,7 +314,7 @@ def test_a_task_copies_integers_that_agree():
     merged = planned.execute({ref: counter.clone() for ref in refs})
     assert merged.equal(counter)
     tensors = {ref: torch.tensor([n]) for n, ref in enumerate(refs)}
-    with pytest.raises(ValueError, match="differs between the models"):
+    with pytest.raises(ValueError, match="differ between the models"):
         planned.execute(tensors)
 
 

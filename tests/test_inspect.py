@@ -393,7 +393,7 @@ def test_examples(path: Path, request: pytest.FixtureRequest, tmp_path: Path) ->
     records, table = tmp_path / "records.json", tmp_path / "table.csv"
     done = command(folder, path, "--json", records, "--csv", table)
     if needs_names(path.read_text(encoding="utf-8")) and not TAKES_NAMES:
-        assert_refused(done, r"mergekit 0\.1\.4 takes only numbers")
+        assert_refused(done, r"this mergekit takes only numbers")
         assert not [*tmp_path.iterdir()]
         return
     assert done.exit_code == 0, done.stderr
@@ -949,10 +949,10 @@ MODULES = yaml.safe_dump(
 BAD_CONFIGS = {
     "models: [1,\nb: }": r"config\.yaml is not YAML: .*line 2",
     "\tmodels": r"config\.yaml is not YAML",
-    "": r"config\.yaml: .*dictionary",
-    "just words": r"config\.yaml: .*dictionary",
-    "merge_method: nuslerp\nmodels: 3\n": r"config\.yaml: models .*list",
-    CONFIG.replace("nuslerp", "linear"): r"merges by `linear`.*write `merge_method: nu",
+    "": r"config\.yaml is no config",
+    "just words": r"config\.yaml is no config",
+    "merge_method: nuslerp\nmodels: 3\n": "`models` is 3, but must be a list",
+    CONFIG.replace("nuslerp", "linear"): r"merges by 'linear'.*write `merge_method: nu",
     CONFIG.replace("weight", "wait"): r"'weight' of model \./(sft|kd).* is missing",
     CONFIG.replace("{}", "{nuslerp_flaten: 1}"): r"'nuslerp_flaten'. Did you mean",
     CONFIG.replace("./kd", "./nowhere"): r"\./nowhere cannot be read: there is no fold",
@@ -1182,7 +1182,7 @@ def test_an_output_in_place_of_the_config(tmp_path: Path) -> None:
 def test_a_dtype_that_the_merge_could_not_write(small: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"{CONFIG}\nout_dtype: bf17\n", encoding="utf-8")
-    assert_refused(command(small, config), 'Unimplemented dtype "bf17"')
+    assert_refused(command(small, config), '`out_dtype` is 'bf17', but must be')
 
 
 @pytest.mark.usefixtures("unread")
