@@ -11,14 +11,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_nuslerp import SWITCH, __version__, _hook, register, switched_off
-from mergekit_nuslerp.messages import brief, shortened
+from mergekit_nuslerp.messages import brief, printable, shortened
 
 if TYPE_CHECKING:
     from mergekit_nuslerp.inspection import Inspection
@@ -203,7 +204,7 @@ def inspect(
         write_together(texts)
     except (ImportError, OSError, ValueError) as error:
         raise _Refused(shortened(str(error))) from error
-    click.echo(report.text(inspection, full=full), nl=False)
+    click.echo(printable(report.text(inspection, full=full)), nl=False)
     for path in outputs:
         click.echo(f"wrote {path}")
 
@@ -309,10 +310,9 @@ def check_writable(paths: Sequence[Path], config: Path) -> None:
     for path in paths:
         if path.exists() and not path.is_file():
             raise ValueError(f"cannot write {path}: it is not a file")
-        trial = _beside(path)
         try:
-            trial.touch(exist_ok=False)
-            trial.unlink()
+            with _beside(path) as trial:
+                trial.touch()
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
@@ -323,20 +323,24 @@ def write_together(texts: Mapping[Path, str]) -> None:
     Raises:
         OSError: one that cannot be written.
     """
-    try:
+    with ExitStack() as stack:
+        written = {path: stack.enter_context(_beside(path)) for path in texts}
         for path, text in texts.items():
-            _beside(path).write_text(text, encoding="utf-8", newline="")
+            written[path].write_text(text, encoding="utf-8", newline="")
         for path in texts:
-            os.replace(_beside(path), path.resolve())
-    finally:
-        for path in texts:
-            _beside(path).unlink(missing_ok=True)
+            os.replace(written[path], path.resolve())
 
 
-def _beside(path: Path) -> Path:
-    """A temporary name in the folder of a file, which may be a link."""
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A place for a file, in a folder of our own in the folder of another file.
+
+    That may be a link, whose target is then meant. In our own folder nobody else can
+    have put a link.
+    """
     path = path.resolve()
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    with TemporaryDirectory(dir=path.parent, prefix=".mergekit-nuslerp-") as folder:
+        yield Path(folder, path.name)
 
 
 if __name__ == "__main__":

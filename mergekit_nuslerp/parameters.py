@@ -28,7 +28,7 @@ from pydantic import (
 
 from mergekit_nuslerp import granularity
 from mergekit_nuslerp.geometry import Magnitude, sums_to_zero
-from mergekit_nuslerp.messages import brief, shortened
+from mergekit_nuslerp.messages import brief, printable, shortened
 
 LOG = logging.getLogger(__package__)
 
@@ -545,4 +545,4 @@ def unlike_shapes(
 
 
 def _called(tensor: str | None) -> str:
-    return f"tensor {tensor}" if tensor else "a tensor"
+    return f"tensor {printable(tensor)}" if tensor else "a tensor"

@@ -1130,6 +1130,19 @@ def test_an_index_that_names_what_is_not_there(small: Path, tmp_path: Path) -> N
     assert_refused(done, r"\./kd cannot be read: .*safetensors: \S+ is not in it")
 
 
+def test_an_index_that_leads_out_of_its_folder(small: Path, tmp_path: Path) -> None:
+    folder = altered(small, tmp_path, lambda _, weight: weight)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text("utf-8"))
+    for outside in ("../sft/model.safetensors", str(small / "sft" / "x.safetensors")):
+        content["weight_map"]["lm_head.weight"] = outside
+        index.write_text(json.dumps(content), "utf-8")
+        (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+        LoaderCache.loaders.clear()
+        done = command(tmp_path, "config.yaml")
+        assert_refused(done, r"\./kd names .*, a file outside of its folder")
+
+
 # --- Files -------------------------------------------------------------------------
 
 
@@ -1182,7 +1195,7 @@ def test_an_output_in_place_of_the_config(tmp_path: Path) -> None:
 def test_a_dtype_that_the_merge_could_not_write(small: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"{CONFIG}\nout_dtype: bf17\n", encoding="utf-8")
-    assert_refused(command(small, config), '`out_dtype` is 'bf17', but must be')
+    assert_refused(command(small, config), "`out_dtype` is 'bf17', but must be")
 
 
 @pytest.mark.usefixtures("unread")
@@ -1252,6 +1265,31 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_no_planted_link_is_followed(tmp_path: Path) -> None:
+    victim, target = tmp_path / "victim", tmp_path / "out.json"
+    victim.write_text("mine", encoding="utf-8")
+    (tmp_path / f".out.json.{os.getpid()}").symlink_to(victim)
+    cli.check_writable([target], tmp_path / "config.yaml")
+    cli.write_together({target: "after"})
+    assert target.read_text(encoding="utf-8") == "after"
+    assert victim.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)"])
+def test_names_are_no_formulas(name: str) -> None:
+    found = at_angles([name])
+    (row,) = csv.DictReader(io.StringIO(report.table(found)))
+    assert row["tensor"] == f"'{name}.weight"
+
+
+def test_names_do_not_reach_a_terminal_as_commands(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "text", lambda *_, **__: "a \x1b[31m name\n")
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    assert command(small, tmp_path / "config.yaml").stdout == "a \\x1b[31m name\n"
 
 
 @pytest.mark.parametrize("has_rich", [True, False])

@@ -220,11 +220,6 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
         if config.merge_method != "nuslerp":
             return plan(self)
         plugin.try_merge()
-        log = LOG.warning
-        if getattr(self, "is_inspection", False):  # has all this in its report
-            log = LOG.debug
-        else:
-            plugin.announce_merge()
         parameters.start_merge()
         _latest.clear()
         parts, models = list(parts_of(config)), config.referenced_models()
@@ -246,14 +241,16 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
             _check_integers(tensors, models)
         _latest.update((entry.info.name, entry.tensors) for entry in tensors)
         names = {name for entry in tensors if wanted for name in names_of(entry)}
-        for text in unmatched(wanted, names):
-            log("nuslerp: no tensor's name contains the filter %r", text)
-        for module in left_out(self):
-            log(
-                "nuslerp: the config has no module %r, so the merged model will not "
-                "have it",
-                module,
-            )
+        if not getattr(self, "is_inspection", False):  # which has this in its report
+            plugin.announce_merge()
+            for text in unmatched(wanted, names):
+                LOG.warning("nuslerp: no tensor's name contains the filter %r", text)
+            for module in left_out(self):
+                LOG.warning(
+                    "nuslerp: the config has no module %r, so the merged model will "
+                    "not have it",
+                    module,
+                )
         return result
 
     return _plan
