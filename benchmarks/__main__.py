@@ -5,36 +5,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
 
 import click
 
-from benchmarks import (
-    accelerator,
-    batches,
-    exactness,
-    inspecting,
-    limit,
-    many,
-    memory,
-    speed,
-    startup,
-    whole,
-)
+from benchmarks import whole
 from benchmarks.cases import machine
 
-TABLES: dict[str, Callable[[], None]] = {
-    "speed": speed.table,
-    "limit": limit.table,
-    "exactness": exactness.table,
-    "exactness-large": exactness.large,
-    "memory": memory.table,
-    "many": many.table,
-    "batches": batches.table,
-    "whole": whole.table,
-    "inspecting": inspecting.table,
-    "accelerator": accelerator.table,
+# Each table, and the module and function that print it.
+TABLES = {
+    "limit": "limit.table",
+    "busy": "busy.table",
+    "threads": "limit.threads",
+    "embedding": "limit.embedding",
+    "shapes": "limit.shapes",
+    "many": "many.table",
+    "exactness": "exactness.table",
+    "exactness-large": "exactness.large",
+    "memory": "memory.table",
+    "batches": "busy.batches",
+    "whole": "whole.table",
+    "inspecting": "inspecting.table",
+    "accelerator": "limit.accelerator",
 }
 
 
@@ -42,7 +37,6 @@ TABLES: dict[str, Callable[[], None]] = {
 @click.argument("names", nargs=-1, type=click.Choice(list(TABLES)))
 @click.option(
     "--startup",
-    "interpreters",
     nargs=2,
     metavar="WITH WITHOUT",
     help="Compare the start of two interpreters, with the plugin and without.",
@@ -52,22 +46,27 @@ TABLES: dict[str, Callable[[], None]] = {
     is_flag=True,
     help="Whole merges of 7 B parameters, too: half an hour and 70 GB of disk more.",
 )
-def main(
-    names: tuple[str, ...], interpreters: tuple[str, str] | None, largest: bool
-) -> None:
+@click.option(
+    "--against",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
+    help="A folder with another mergekit_nuslerp, for busy, batches and whole.",
+)
+@click.option("--profile", is_flag=True, help="Profile whole merges, too.")
+def main(names: tuple[str, ...], **options: Any) -> None:
     """Print tables of what the plugin does against mergekit's own nuslerp.
 
-    Without names: all of them, in about three quarters of an hour, with 16 GB of
-    memory, 12 GB of disk and a C++ compiler.
+    Without names: all of them, in about an hour, with 16 GB of memory, 12 GB of disk
+    and a C++ compiler.
     """
     print(f"Measured on {machine()}.")
-    if interpreters:
-        startup.table(*interpreters)
+    if options["startup"]:
+        whole.startup(options["startup"])
         if not names:
             return
-    tables = TABLES | {"whole": partial(whole.table, largest=largest)}
-    for name in names or tables:
-        tables[name]()
+    for name in names or TABLES:
+        module, function = TABLES[name].split(".")
+        table = getattr(import_module(f"benchmarks.{module}"), function)
+        table(**{n: options[n] for n in signature(table).parameters if n in options})
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +19,13 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 
+from benchmarks.measure import MIB, Function, head, numbers, row, status
 from benchmarks.whole import CONFIG
+from mergekit_nuslerp.checkpoints import write_checkpoints
 from mergekit_nuslerp.inspection import inspect
 from mergekit_nuslerp.kernel import gram_matrices
-from mergekit_nuslerp.streaming import one_thread
 
-MIB = 2**20
 GRANULARITIES = {"tensor": True, "row": False}  # and `nuslerp_flatten`
-FILES = ("in memory", "on disk")
 
 
 def configuration(
@@ -46,7 +44,7 @@ def loaded(config: MergeConfiguration) -> Iterator[list[torch.Tensor]]:
         yield [loader.get_tensor(name) for loader in loaders]
 
 
-def seconds(function: Callable[[], object]) -> float:
+def seconds(function: Function) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -54,10 +52,12 @@ def seconds(function: Callable[[], object]) -> float:
 
 def read(config: MergeConfiguration) -> None:
     """Look at each byte once, in one thread, as mergekit loads."""
-    with one_thread():
-        for tensors in loaded(config):
-            for tensor in tensors:
-                tensor.view(torch.int32).amax()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for tensors in loaded(config):
+        for tensor in tensors:
+            tensor.view(torch.int32).amax()
+    torch.set_num_threads(threads)
 
 
 def gram_seconds(config: MergeConfiguration, granularity: str) -> float:
@@ -65,9 +65,8 @@ def gram_seconds(config: MergeConfiguration, granularity: str) -> float:
     total = 0.0
     for tensors in loaded(config):
         *inputs, base = (tensor.clone() for tensor in tensors)
-        start = time.perf_counter()
-        gram_matrices(inputs, base=base, granularity=granularity)
-        total += time.perf_counter() - start
+        options = {"base": base, "granularity": granularity}
+        total += seconds(partial(gram_matrices, inputs, **options))
     return total
 
 
@@ -80,13 +79,6 @@ def forget(folder: Path, *, files: str) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def status(field: str) -> int:
-    """A figure that the system keeps about this process, in bytes."""
-    with open("/proc/self/status", encoding="utf-8") as lines:
-        (line,) = (line for line in lines if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 def measure_memory(folder: str, small: str, dtype: str) -> None:
@@ -112,55 +104,43 @@ def measure_memory(folder: str, small: str, dtype: str) -> None:
 
 
 def table(layers: int = 24, hidden_size: int = 1280, runs: int = 5) -> None:
-    from mergekit_nuslerp.checkpoints import write_checkpoints
-
     with tempfile.TemporaryDirectory() as directory:
         folder, small = Path(directory) / "large", Path(directory) / "small"
-        write_checkpoints(
-            folder, layers=layers, hidden_size=hidden_size, vocabulary=32000
-        )
+        sizes = {"layers": layers, "hidden_size": hidden_size, "vocabulary": 32000}
+        write_checkpoints(folder, **sizes)
         write_checkpoints(small)
         config = configuration(folder)
-        sizes = [tensors[0].numel() for tensors in loaded(config)]
-        print(
-            f"\n### Inspection: 3 checkpoints of {sum(sizes) / 1e9:.2f} B parameters "
-            f"in bfloat16, fastest of {runs}\n"
+        elements = [tensors[0].numel() for tensors in loaded(config)]
+        head(
+            f"Inspection: 3 checkpoints of {sum(elements) / 1e9:.2f} B parameters in "
+            f"bfloat16, fastest of {runs}",
+            "files | vectors | reading (s) | one Gram pass (s) | inspect (s) "
+            "| of 1.3 x reading + Gram pass",
         )
-        print(
-            "| files | vectors | reading (s) | one Gram pass (s) | inspect (s) "
-            "| of 1.3 x reading + Gram pass |"
-        )
-        print("|---|---|---|---|---|---|")
-        for files in FILES:
+        for files in ("in memory", "on disk"):
             for granularity, flatten in GRANULARITIES.items():
                 config = configuration(folder, flatten=flatten)
                 inspect(config)
                 times = []
                 for _ in range(runs):
                     forget(folder, files=files)
-                    reading = seconds(lambda config=config: read(config))
+                    reading = seconds(partial(read, config))
                     gram = gram_seconds(config, granularity)
                     forget(folder, files=files)
-                    inspecting = seconds(lambda config=config: inspect(config))
-                    times.append((reading, gram, inspecting))
+                    times.append((reading, gram, seconds(partial(inspect, config))))
                 # Each without what else the machine did meanwhile, as far as may be.
                 reading, gram, inspecting = (min(column) for column in zip(*times))
-                print(
-                    f"| {files} | {granularity} | {reading:.1f} | {gram:.1f} "
-                    f"| {inspecting:.1f} | {inspecting / (1.3 * reading + gram):.2f} |",
-                    flush=True,
-                )
-        print("\nMiB added to the private memory of the process by an inspection.\n")
-        print("| dtype | three largest tensors | added | resident, with files |")
-        print("|---|---|---|---|")
+                cells = (f"{each:.1f}" for each in (reading, gram, inspecting))
+                share = inspecting / (1.3 * reading + gram)
+                row(files, granularity, *cells, f"{share:.2f}")
+        head(
+            "Inspection: MiB added to the private memory of the process",
+            "dtype | three largest tensors | added | resident, with files",
+        )
         for dtype in ("bfloat16", "float32"):  # as stored, and converted
-            code = (
+            added, resident = numbers(
                 "from benchmarks.inspecting import measure_memory; "
                 f"measure_memory({str(folder)!r}, {str(small)!r}, {dtype!r})"
             )
-            ran = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True, check=True
-            )
-            added, resident = map(float, ran.stdout.split()[-2:])
-            three = 3 * max(sizes) * getattr(torch, dtype).itemsize / MIB
-            print(f"| {dtype} | {three:.0f} | {added:.0f} | {resident:.0f} |")
+            three = 3 * max(elements) * getattr(torch, dtype).itemsize / MIB
+            row(dtype, f"{three:.0f}", f"{added:.0f}", f"{resident:.0f}")

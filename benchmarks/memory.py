@@ -5,63 +5,51 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.cases import GRANULARITIES, cases
-
-MIB = 2**20
-
-
-def _high_water() -> int:
-    with open("/proc/self/status", encoding="utf-8") as status:
-        (line,) = (line for line in status if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+from benchmarks.cases import ALL_GRANULARITIES, GRANULARITIES, cases
+from benchmarks.measure import MIB, head, numbers, row, status
 
 
 def measure(method: str, granularity: str, elements: int) -> None:
-    """Print the MiB added by one merge with a base. Runs in a process of its own."""
+    """Print MiB that a merge adds, of its result, and of large pages. To run alone."""
     shape = (elements // 8192, 8192)
-    small = next(c for c in cases((8, 8), (torch.bfloat16,)) if c.base is not None)
-    small = replace(small, granularity=granularity)
-    # What libraries take once, and a compiler, is no part of the merge. Small weights
-    # are not compiled for.
-    tiles = 128 if method == "compiled" else 1
-    getattr(small.mapped(lambda t: t.repeat(tiles, tiles)), method)()
+    small = next(cases((128, 128), (torch.bfloat16,), granularities=(granularity,)))
+    # What libraries take once is no part of the merge.
+    getattr(small, method)()
     # Made of a small weight, so that nothing larger than the inputs came before.
-    case = small.mapped(lambda t: t.repeat(shape[0] // 8, shape[1] // 8))
+    case = small.mapped(lambda t: t.repeat(shape[0] // 128, shape[1] // 128))
+    large = status("AnonHugePages", "smaps_rollup")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # peak is present
-    before = _high_water()
+    before = status("VmHWM")
     result = getattr(case, method)()
-    print((_high_water() - before) / MIB, result.nbytes / MIB)
+    added = status("VmHWM") - before
+    large = status("AnonHugePages", "smaps_rollup") - large
+    print(added / MIB, result.nbytes / MIB, large / MIB)
 
 
 def table(elements: int = 2**28) -> None:
-    print(f"\n### Memory: {elements:,} elements in bfloat16 with a base\n")
-    print("MiB added to the peak of the process by one merge, the result included.\n")
-    print(
-        "| vectors | result | mergekit | plugin | plugin, beside the result "
-        "| compiled, beside the result |"
+    head(
+        f"Memory: {elements:,} elements in bfloat16 with a base",
+        "vectors | result | mergekit | plugin | plugin, portable "
+        "| mergekit, beside the result | plugin, beside it | portable, beside it "
+        "| plugin's in large pages",
+        "MiB added to the peak of the process by one merge, the result included. The "
+        "native pass asks for large pages, of 2 MiB, where a page is all result.",
     )
-    print("|---|---|---|---|---|---|")
-    for granularity in GRANULARITIES:
-        added = {}
-        for method in ("theirs", "ours", "compiled"):
-            code = (
+    for granularity in ALL_GRANULARITIES:
+        added, beside, large = [], [], ""
+        for method in ("theirs", "ours", "portable"):
+            if method == "theirs" and granularity not in GRANULARITIES:
+                added, beside = [""], [""]
+                continue
+            more, result, pages = numbers(
                 "from benchmarks.memory import measure; "
                 f"measure({method!r}, {granularity!r}, {elements})"
             )
-            done = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True, check=True
-            )
-            added[method], result = map(float, done.stdout.split()[-2:])
-        print(
-            f"| {granularity} | {result:.0f} | {added['theirs']:.0f} "
-            f"| {added['ours']:.0f} | {added['ours'] - result:.0f} "
-            f"| {added['compiled'] - result:.0f} |",
-            flush=True,
-        )
+            added.append(f"{more:.0f}")
+            beside.append(f"{more - result:.0f}")
+            large = f"{pages:.0f}" if method == "ours" else large
+        row(granularity, f"{result:.0f}", *added, *beside, large)

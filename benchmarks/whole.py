@@ -1,24 +1,26 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""Whole merges through `mergekit-yaml`, by this plugin and by mergekit's methods."""
+"""Whole merges by `mergekit-yaml`, and the start of Python."""
 
 from __future__ import annotations
 
 import json
 import os
+import pstats
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
 
+from benchmarks.measure import Usage, head, row, used
 from mergekit_nuslerp.checkpoints import write_checkpoints
 
 CONFIG = """
@@ -49,13 +51,13 @@ models:
 # The config, and how the plugin is switched. What linear takes is the least of a merge
 # of three models, and what passthrough takes is that of reading and writing one.
 METHODS = {
-    "mergekit's nuslerp": (CONFIG, "0"),
-    "plugin": (CONFIG, "1"),
-    "plugin, compiled": (CONFIG, "compile"),
-    "mergekit's linear": (LINEAR, "0"),
-    "passthrough of one": (PASSTHROUGH, "0"),
+    "mergekit's nuslerp": (CONFIG, {"MERGEKIT_NUSLERP": "0"}),
+    "plugin": (CONFIG, {"MERGEKIT_NUSLERP": "1"}),
+    "mergekit's linear": (LINEAR, {"MERGEKIT_NUSLERP": "0"}),
+    "passthrough of one": (PASSTHROUGH, {"MERGEKIT_NUSLERP": "0"}),
 }
-THEIRS, OURS, COMPILED, SIMPLE, _ = METHODS
+OURS = "plugin"
+BEFORE = "plugin before"
 
 # Layers, hidden size and rounds: Llama's shape with 0.13, 1.2 and 7 B parameters.
 SIZES = ((12, 768, 3), (24, 2048, 3))
@@ -64,61 +66,40 @@ LARGEST_GB = 70  # three models and the result, with some room
 
 _LAYERS_IN_FILE = 4
 
-
-class Usage(NamedTuple):
-    """Of one process: seconds, and MiB at the peak."""
-
-    wall: float
-    user: float
-    system: float
-    memory: float
-
-    @property
-    def cpu(self) -> float:
-        return self.user + self.system
+Measured = list[dict[str, Usage]]  # rounds of a merge by each method
 
 
-def merge(folder: Path, config: str, switch: str) -> Usage:
+def merge(
+    folder: Path, method: tuple[str, dict[str, str]], python: Sequence[str] = ()
+) -> Usage:
     """One merge in a process of its own."""
+    config, environment = method
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     shutil.rmtree(folder / "out", ignore_errors=True)
     os.sync()  # what was written before is not to be waited for in this merge
-    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", "config.yaml", "out"]
-    environment = {**os.environ, "MERGEKIT_NUSLERP": switch}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, "--quiet"],
+    merging = ["-m", "mergekit.scripts.run_yaml", "config.yaml", "out", "--quiet"]
+    return used(
+        [sys.executable, *python, *merging],
         cwd=folder,
-        env={**environment, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         stderr=subprocess.DEVNULL,
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    if status:
-        raise RuntimeError(f"mergekit-yaml failed in {folder}")
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return Usage(wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / unit)
 
 
-def write_models(
-    folder: Path, layers: int, hidden_size: int, vocabulary: int = 32000
-) -> float:
+def write_models(folder: Path, layers: int, hidden_size: int) -> float:
     """Write a base and fine-tunes of it, and return the billions of parameters of each.
 
     All layers are the first one, rolled: a merge takes the same time, and billions of
     random numbers would take minutes, and all of a model at a time in memory.
     """
-    elements = 0
-    for model in write_checkpoints(
-        folder, layers=1, hidden_size=hidden_size, vocabulary=vocabulary, shards=1
-    ):
-        elements = _grow(model, layers)
-    return elements / 1e9
+    options = {"hidden_size": hidden_size, "vocabulary": 32000, "shards": 1}
+    models = write_checkpoints(folder, layers=1, **options)
+    sizes = [_grow(model, layers) for model in models]
+    return sizes[0] / 2e9
 
 
 def _grow(model: Path, layers: int) -> int:
-    """Give a checkpoint of one layer more of them, and return its elements."""
+    """Give a checkpoint of one layer more of them, and return its bytes."""
     settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
     settings["num_hidden_layers"] = layers
     (model / "config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -127,7 +108,7 @@ def _grow(model: Path, layers: int) -> int:
     rest = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     layer = {name: rest.pop(name) for name in list(rest) if name.startswith(first)}
-    weight_map, size, elements = {}, 0, 0
+    weight_map, size = {}, 0
     for start in range(0, layers, _LAYERS_IN_FILE):
         shard = {
             name.replace(first, f"model.layers.{number}."): weight.roll(number)
@@ -136,106 +117,130 @@ def _grow(model: Path, layers: int) -> int:
         }
         if not start:
             shard |= rest
-        file = f"model-{start:05d}.safetensors"
-        save_file(shard, model / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
+        part = f"model-{start:05d}.safetensors"
+        save_file(shard, model / part, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, part))
         size += sum(weight.nbytes for weight in shard.values())
-        elements += sum(weight.numel() for weight in shard.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (model / "model.safetensors.index.json").write_text(
-        json.dumps(index), encoding="utf-8"
-    )
-    return elements
+    file = model / "model.safetensors.index.json"
+    file.write_text(json.dumps(index), encoding="utf-8")
+    return size
 
 
 def measure(
-    layers: int, hidden_size: int, runs: int
-) -> tuple[float, list[dict[str, Usage]]]:
+    methods: dict[str, tuple], layers: int, hidden_size: int, runs: int, profile: bool
+) -> tuple[float, Measured]:
     """Billions of parameters, and rounds of a merge by each method."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         billions = write_models(folder, layers, hidden_size)
-        # So that each finds the files in memory, as far as they fit, and the loops
-        # that were compiled before.
-        merge(folder, CONFIG, "compile")
-        rounds = [
-            {
-                name: merge(folder, config, switch)
-                for name, (config, switch) in METHODS.items()
-            }
-            for _ in range(runs)
-        ]
+        # So that each finds the files in memory, as far as they fit.
+        merge(folder, methods[OURS])
+        rounds = [{m: merge(folder, methods[m]) for m in methods} for _ in range(runs)]
+        report(billions, rounds)
+        if profile:
+            merge(folder, methods[OURS], ("-m", "cProfile", "-o", "profile"))
+            print_profile(billions, folder / "profile")
     return billions, rounds
 
 
-def middle(rounds: list[dict[str, Usage]], method: str, quantity: str) -> float:
+def middle(rounds: Measured, method: str, quantity: str) -> float:
     return median(getattr(usages[method], quantity) for usages in rounds)
 
 
-def ratio(rounds: list[dict[str, Usage]], over: str, under: str, quantity: str) -> str:
-    """Median of those taken within a round."""
-    values = (
-        getattr(usages[over], quantity) / getattr(usages[under], quantity)
-        for usages in rounds
+def report(billions: float, rounds: Measured) -> None:
+    head(
+        f"Whole merges: {billions:.2f} B parameters in bfloat16, median of "
+        f"{len(rounds)} rounds",
+        "method | wall (s) | CPU, user (s) | CPU, system (s) | peak memory (MiB) "
+        "| plugin's CPU / its | plugin's wall / its",
     )
-    return f"{median(values):.2f}"
+    for method in rounds[0]:
+        seconds = (middle(rounds, method, of) for of in ("wall", "user", "system"))
+        cells = [f"{each:.1f}" for each in seconds]
+        cells.append(f"{middle(rounds, method, 'memory'):.0f}")
+        for of in ("cpu", "wall"):
+            ratios = (getattr(u[OURS], of) / getattr(u[method], of) for u in rounds)
+            cells.append(f"{median(ratios):.2f}")
+        row(method, *cells)
 
 
-def report(billions: float, rounds: list[dict[str, Usage]]) -> None:
-    runs = f"median of {len(rounds)} rounds" if len(rounds) > 1 else "one round"
-    print(f"\n### Whole merges: {billions:.2f} B parameters in bfloat16, {runs}\n")
-    print(
-        "| method | wall (s) | CPU, user (s) | CPU, system (s) | peak memory (MiB) |\n"
-        "|---|---|---|---|---|"
+def growth(measured: list[tuple[float, Measured]]) -> None:
+    head(
+        "Whole merges: seconds a billion parameters, net of the start",
+        "from | to | method | wall (s / B) | CPU (s / B)",
+        "The start is the same for all sizes.",
     )
-    for method in METHODS:
-        seconds = (
-            f"{middle(rounds, method, quantity):.1f}"
-            for quantity in ("wall", "user", "system")
-        )
-        print(
-            f"| {method} | {' | '.join(seconds)} "
-            f"| {middle(rounds, method, 'memory'):.0f} |"
-        )
-    print(
-        f"\nplugin / mergekit's nuslerp: CPU {ratio(rounds, OURS, THEIRS, 'cpu')}, "
-        f"wall {ratio(rounds, OURS, THEIRS, 'wall')}; plugin / mergekit's linear: "
-        f"wall {ratio(rounds, OURS, SIMPLE, 'wall')}; compiled / not: "
-        f"CPU {ratio(rounds, COMPILED, OURS, 'cpu')}, "
-        f"wall {ratio(rounds, COMPILED, OURS, 'wall')}.",
-        flush=True,
-    )
-
-
-def growth(measured: list[tuple[float, list[dict[str, Usage]]]]) -> None:
-    """Without the start, which is the same for all sizes."""
-    print("\n### Whole merges: seconds a billion parameters, net of the start\n")
-    print("| from | to | method | wall (s / B) | CPU (s / B) |")
-    print("|---|---|---|---|---|")
     for (small, few), (large, many) in pairwise(measured):
-        for method in METHODS:
-            slopes = (
-                (middle(many, method, quantity) - middle(few, method, quantity))
-                / (large - small)
-                for quantity in ("wall", "cpu")
-            )
-            cells = " | ".join(f"{slope:.1f}" for slope in slopes)
-            print(f"| {small:.2f} B | {large:.2f} B | {method} | {cells} |")
+        for method in few[0]:
+            slopes = []
+            for of in ("wall", "cpu"):
+                more = middle(many, method, of) - middle(few, method, of)
+                slopes.append(f"{more / (large - small):.1f}")
+            row(f"{small:.2f} B", f"{large:.2f} B", method, *slopes)
+
+
+def print_profile(billions: float, file: Path, most: int = 15) -> None:
+    """Where the time of a merge went, and what of it was outside Python."""
+    stats = pstats.Stats(str(file)).stats  # type: ignore[attr-defined]
+    total = sum(own for _, _, own, _, _ in stats.values())
+    head(
+        f"A profile of the plugin's merge of {billions:.2f} B parameters",
+        "function | calls | own time (s) | with what it calls (s)",
+        f"The functions with most time of their own, of {total:.1f} s under cProfile.",
+    )
+    ranked = sorted(stats.items(), key=lambda item: item[1][2], reverse=True)
+    for (path, line, name), (_, calls, own, cumulative, _) in ranked[:most]:
+        where = "" if path == "~" else f" ({'/'.join(Path(path).parts[-2:])}:{line})"
+        row(f"`{name}`{where}", calls, f"{own:.2f}", f"{cumulative:.2f}")
+    outside = Counter()
+    for (path, _, name), (*_, callers) in stats.items():
+        if name == "_call" and path.endswith("passes/native.py"):
+            for (_, _, caller), (_, _, own, _) in callers.items():
+                outside[caller] += own
+    seconds = ", ".join(f"{name} {own:.2f} s" for name, own in outside.items())
+    print(f"\nIn C++, without Python's lock: {seconds or 'nothing'}.", flush=True)
 
 
 def table(
-    *, largest: bool = False, sizes: tuple[tuple[int, int, int], ...] = SIZES
+    *, largest: bool = False, against: Path | None = None, profile=False, sizes=SIZES
 ) -> None:
-    loads = " ".join(f"{load:.2f}" for load in os.getloadavg())
-    print(f"\nLoad of the machine before the whole merges: {loads}.")
-    if largest:
-        free = shutil.disk_usage(tempfile.gettempdir()).free
-        if free < LARGEST_GB * 1e9:
-            print(f"The largest size needs {LARGEST_GB} GB of disk; left out.")
-        else:
-            sizes = (*sizes, LARGEST)
-    measured = []
-    for size in sizes:
-        measured.append(measure(*size))
-        report(*measured[-1])
-    growth(measured)
+    methods = dict(METHODS)
+    if against:
+        environment = {"MERGEKIT_NUSLERP": "1", "PYTHONPATH": str(against)}
+        methods[BEFORE] = (CONFIG, environment)
+        code = "import mergekit_nuslerp as plugin; print(plugin.__file__)"
+        found = subprocess.check_output(
+            [sys.executable, "-c", code], cwd=against, env={**os.environ, **environment}
+        )
+        print(f"\n`{BEFORE}` is {os.fsdecode(found).strip()}.")
+    if largest and shutil.disk_usage(tempfile.gettempdir()).free < LARGEST_GB * 1e9:
+        print(f"\nThe largest size needs {LARGEST_GB} GB of disk; left out.")
+    elif largest:
+        sizes = (*sizes, LARGEST)
+    growth([measure(methods, *size, profile) for size in sizes])
+
+
+def startup(interpreters: tuple[str, str], runs: int = 20) -> None:
+    """Compare two interpreters that differ in nothing but the plugin: with, without."""
+    head(
+        f"Start: {runs} pairs of fresh interpreters",
+        "code | time | without (ms) | with (ms) | difference (ms) | lower quartile "
+        "| upper quartile",
+    )
+    for code in ("pass", "import torch"):
+        pairs = []
+        for run in range(runs + 1):
+            order = (0, 1) if run % 2 else (1, 0)
+            usages = {which: used([interpreters[which], "-c", code]) for which in order}
+            pairs.append((usages[1], usages[0]))
+        for time in ("wall", "cpu"):
+            # The first pair warms up.
+            values = [[getattr(u, time) * 1e3 for u in pair] for pair in pairs[1:]]
+            before, after = zip(*values)
+            difference = sorted(b - a for a, b in values)
+            quarter = len(difference) // 4
+            cells = [f"{median(before):.1f}", f"{median(after):.1f}"]
+            quartiles = difference[quarter], difference[-1 - quarter]
+            cells += [f"{each:+.1f}" for each in (median(difference), *quartiles)]
+            row(f"`{code}`", time, *cells)

@@ -22,7 +22,8 @@ __all__ = ["NonFiniteError", "__version__", "nuslerp", "register"]
 REGISTRY = "mergekit.merge_methods.registry"
 PLAN = "mergekit.plan"
 SWITCH = "MERGEKIT_NUSLERP"
-OFF = ("0", "false", "off", "no")
+_OFF = ("0", "false", "off", "no")
+_ON = ("", "1", "true", "on", "yes")
 
 # Why `nuslerp` merges are refused, if they are.
 failure = ""
@@ -43,14 +44,27 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def switch() -> str:
-    """What the environment says about the plugin."""
+def _switch() -> str:
     return os.environ.get(SWITCH, "").strip().lower()
 
 
 def switched_off() -> bool:
     """Whether the user wants mergekit's own method."""
-    return switch() in OFF
+    return _switch() in _OFF
+
+
+def portable() -> bool:
+    """Whether the user wants PyTorch's operations and no C++."""
+    return _switch() == "portable"
+
+
+def misspelt() -> str:
+    """What to say about a value of the switch that means nothing, or nothing."""
+    if portable() or _switch() in (*_OFF, *_ON):
+        return ""
+    if _switch() in ("compile", "compiled"):
+        return f"{SWITCH}={os.environ[SWITCH]} is not needed any more: it has no effect"
+    return f"{SWITCH}={os.environ[SWITCH]} has no effect; it may be 0, 1 or portable"
 
 
 def register() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_nuslerp import SWITCH, __version__, _hook, register, switched_off
+from mergekit_nuslerp import SWITCH, __version__, misspelt, register, switched_off
 from mergekit_nuslerp.messages import brief, printable, shortened
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ try:
     import mergekit_nuslerp
     answer["failure"] = mergekit_nuslerp.failure
     if answer["module"].startswith("mergekit_nuslerp.adapters"):
-        from mergekit_nuslerp import plugin
+        from mergekit_nuslerp import passes, plugin
+        answer["arithmetic"] = passes.description()
         plugin.try_merge()
 except Exception as error:
     answer["error"] = f"{type(error).__name__}: {error}"
@@ -71,13 +72,13 @@ def status() -> None:
     if reason is not None:
         click.echo(f"off: `merge_method: nuslerp` is not this plugin. {reason}")
         sys.exit(1)
-    if _hook.misspelt():
-        click.echo(f"warning: {_hook.misspelt()}.", err=True)
-    loops = ", in compiled loops" if _hook.compiled() else ""
+    if misspelt():
+        click.echo(f"warning: {misspelt()}.", err=True)
     click.echo(
         f"on: mergekit {answer['mergekit']} merges `merge_method: nuslerp` with "
-        f"mergekit-nuslerp {__version__} (torch {answer['torch']}){loops}."
+        f"mergekit-nuslerp {__version__} (torch {answer['torch']})."
     )
+    click.echo(f"arithmetic: {answer.get('arithmetic')}.")
 
 
 def why_not(answer: dict[str, Any]) -> str | None:

@@ -34,9 +34,6 @@ def normalize_weights(weights: torch.Tensor) -> torch.Tensor:
 
     Args:
         weights: `(..., N)`, any finite values, in a floating-point dtype.
-
-    Returns:
-        `(..., N)`.
     """
     total = weights.sum(-1, keepdim=True)
     vanishing = total.abs() < MIN_WEIGHT_SUM
@@ -58,9 +55,8 @@ def mean_coefficients(
     gram: torch.Tensor,
     weights: torch.Tensor,
     *,
-    scale: torch.Tensor | None = None,
     magnitude: Magnitude = "slerp",
-    antipodal_tolerance: float,
+    antipodal_tolerance: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Coefficients of N vectors v_i in their weighted spherical mean.
 
@@ -79,10 +75,9 @@ def mean_coefficients(
         gram: `(..., N, N)` inner products, N >= 2, float64 where the device has it.
         weights: broadcastable to `(..., N)`, of the same dtype, summing to one, and
             for N > 2 none negative. Two vectors extrapolate along their great circle.
-        scale: broadcastable to `(..., N)`, positive: `gram` is that of the vectors
-            scale_i v_i, whose squares neither overflow nor vanish.
         magnitude: the rule for the length.
-        antipodal_tolerance: vectors with `1 + cos(theta)` up to this are antipodal.
+        antipodal_tolerance: vectors with `1 + cos(theta)` up to this are antipodal, as
+            they are where it is below the rounding of `gram`'s dtype.
 
     Returns:
         `(..., N)` coefficients of the v_i, in the dtype of `gram`, with finite
@@ -105,7 +100,9 @@ def mean_coefficients(
     lengths = torch.where(zero, 1, squares).sqrt()
     pair = gram.shape[-1] == 2
     if not pair or magnitude != "slerp":  # a pair's direction takes one, no matrices
-        cosines = _cosines(gram, lengths, zero)
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        cosines = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
+        cosines = cosines / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
     if pair:
         cosine = gram[..., 0, 1] / lengths[..., 0] / lengths[..., 1]
         cosine = torch.where(zero.any(-1), 0, cosine)
@@ -115,18 +112,9 @@ def mean_coefficients(
             cosines, weights, antipodal_tolerance=antipodal_tolerance
         )
     if magnitude != "slerp":
-        lengths = torch.where(zero, 0, lengths if scale is None else lengths / scale)
+        lengths = torch.where(zero, 0, lengths)
         directions = _resize(directions, cosines, lengths, weights, magnitude)
     return torch.where(unique.unsqueeze(-1), directions, weights), unique
-
-
-def _cosines(
-    gram: torch.Tensor, lengths: torch.Tensor, zero: torch.Tensor
-) -> torch.Tensor:
-    """Inner products of unit vectors, where zero vectors are orthogonal to others."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    gram = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
-    return gram / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
 
 
 def _resize(
@@ -146,11 +134,11 @@ def _resize(
         vanishing = (zero & (weights != 0)).any(-1, keepdim=True)
         length = torch.where(vanishing, 0, length)
     # Of a unit vector, zero vectors leave less than a unit vector.
-    left = torch.where(zero, 0, directions)
-    square = (left.unsqueeze(-1) * cosines * left.unsqueeze(-2)).sum((-2, -1))
+    kept = torch.where(zero, 0, directions)
+    square = (kept.unsqueeze(-1) * cosines * kept.unsqueeze(-2)).sum((-2, -1))
     shortened = zero.any(-1) & (square > 0)
     remainder = torch.where(shortened, square, 1).sqrt().unsqueeze(-1)
-    return left * length / nonzero / remainder
+    return kept * length / nonzero / remainder
 
 
 def _slerp(
@@ -169,7 +157,7 @@ def _slerp(
 
 
 def karcher_coefficients(
-    cosines: torch.Tensor, weights: torch.Tensor, *, antipodal_tolerance: float
+    cosines: torch.Tensor, weights: torch.Tensor, *, antipodal_tolerance: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Coefficients of N unit vectors u_i in their weighted Karcher mean.
 
@@ -181,7 +169,7 @@ def karcher_coefficients(
 
     The denominator is the smallest eigenvalue of the Hessian. Where it is not positive,
     the mean lies off the inputs' span, on either side of it alike. Newton's method
-    finds the means of all vectors side by side, from their normalised weighted sums.
+    starts from the normalised weighted sums.
 
     Args:
         cosines: `(..., N, N)` inner products of the unit vectors.
@@ -192,9 +180,9 @@ def karcher_coefficients(
         `(..., N)` coefficients, and `(...)`, whether they are those of a unique mean:
         no two vectors that have a weight are antipodal, and the vectors do not cancel
         so far that a coefficient is larger than two vectors can have that are not
-        antipodal (or, in float64, than 64, since the third power of a coefficient
-        multiplies rounding). Elsewhere the coefficients mean nothing. Derivatives of
-        first order are those of the mean; higher ones are not.
+        antipodal, or than 400 in float64: its third power multiplies rounding, which
+        leaves half of the digits. Elsewhere the coefficients mean nothing. Derivatives
+        of first order are those of the mean; higher ones are not.
 
     References:
         H. Karcher, "Riemannian center of mass and mollifier smoothing",
@@ -203,24 +191,24 @@ def karcher_coefficients(
     """
     tolerance = antipodal_bound(cosines.dtype, antipodal_tolerance)
     epsilon = torch.finfo(cosines.dtype).eps
-    largest = (2 * max(tolerance, epsilon ** (1 / 4))) ** -0.5
+    largest = min((2 * tolerance) ** -0.5, epsilon ** (-1 / 6))
     with torch.no_grad():
         counts = weights != 0
         pairs = counts.unsqueeze(-1) & counts.unsqueeze(-2)
         unique = ~(pairs & (cosines <= tolerance - 1)).flatten(-2).any(-1)
-        point, settled = weights, ~unique
+        point, converged = weights, ~unique
         for _ in range(_MAX_STEPS):
             at = _LogMaps(point, cosines, weights)
-            left = at.total.abs().amax(-1)
-            settled = settled | (left <= _GRAM_ROUNDING * epsilon)
-            if settled.all():
+            residual = at.total.abs().amax(-1)
+            converged = converged | (residual <= _GRAM_ROUNDING * epsilon)
+            if converged.all():
                 break
             # Each by itself, so that a vector comes out the same in any company.
             moved = at.mean + at.newton_step()
-            point = torch.where(settled.unsqueeze(-1), point, moved)
-        # Where vectors all but cancel, rounding may keep a mean from settling fully.
-        left = at.total.abs().amax(-1)
-        unique &= (left <= epsilon**0.5) & (at.length() <= epsilon ** (2 / 3))
+            point = torch.where(converged.unsqueeze(-1), point, moved)
+        # Where vectors all but cancel, rounding may keep a mean from converging fully.
+        residual = at.total.abs().amax(-1)
+        unique &= (residual <= epsilon**0.5) & (at.length() <= epsilon ** (2 / 3))
         unique &= (at.smallest.squeeze(-1) > 0) & (at.solution.amax(-1) <= largest)
     if not (torch.is_grad_enabled() and cosines.requires_grad):
         return at.solution, unique
@@ -239,13 +227,13 @@ class _LogMaps:
 
     Args:
         mean: `(..., N)` coefficients of the point, up to a factor.
-        cosines: `(..., N, N)` inner products of the unit vectors.
-        weights: `(..., N)`.
+        cosines, weights: as in `karcher_coefficients`.
 
     Attributes:
         mean: coefficients of the point as a unit vector.
         total: `(..., N)`, coefficients of the sum of the log maps.
         smallest: `(..., 1)`, the smallest eigenvalue of the Hessian.
+        solution: `(..., N)` coefficients of the mean, if this is the mean.
     """
 
     def __init__(
@@ -256,9 +244,8 @@ class _LogMaps:
         self.mean, x = mean / length, x / length
         bound = 1 - 4 * torch.finfo(x.dtype).eps
         at = x.detach().clamp(-bound, bound)
-        angle = at.acos()
-        sine = angle.sin()
-        ratio = angle / sine
+        sine = at.acos().sin()
+        ratio = at.acos() / sine
         # The derivative of -ratio. Autograd's own would lose its digits near x = 1.
         self.slope = (1 - at * ratio) / sine.square()
         if x.requires_grad:
@@ -266,12 +253,8 @@ class _LogMaps:
         self.pull = weights * ratio
         self.smallest = (self.pull * x).sum(-1, keepdim=True)
         self.total = self.pull - self.smallest * self.mean
+        self.solution = self.pull / self.smallest
         self.cosines, self.weights, self.x = cosines, weights, x
-
-    @property
-    def solution(self) -> torch.Tensor:
-        """Coefficients `(..., N)` of the mean, if this is the mean."""
-        return self.pull / self.smallest
 
     def length(self) -> torch.Tensor:
         """Length `(...)` of the sum of the log maps."""
@@ -284,15 +267,22 @@ class _LogMaps:
             # Far from the mean the Hessian may not be positive: keep to descent.
             smallest = torch.maximum(self.smallest, 0.1 * self.length().unsqueeze(-1))
             curvature = (self.weights * self.slope).unsqueeze(-1) * self.cosines
-            along = self.x.unsqueeze(-2) @ curvature
+            along = _product(curvature.mT, self.x).unsqueeze(-2)
             hessian = curvature - self.mean.unsqueeze(-1) * along
             hessian.diagonal(dim1=-2, dim2=-1).add_(smallest)
         return torch.linalg.solve_ex(hessian, self.total)[0]
 
 
 def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+    # No `@`, which autocast would round, and which waits for threads.
+    return (matrix * vector.unsqueeze(-2)).sum(-1)
 
 
-def antipodal_bound(dtype: torch.dtype, antipodal: float) -> float:
-    return max(antipodal, _GRAM_ROUNDING * torch.finfo(dtype).eps)
+def antipodal_bound(dtype: torch.dtype, tolerance: float = 0.0) -> float:
+    """The largest `1 + cos(theta)` of vectors that count as antipodal.
+
+    Args:
+        dtype: what their Gram matrix was computed in.
+        tolerance: the least bound, whatever the dtype.
+    """
+    return max(tolerance, _GRAM_ROUNDING * torch.finfo(dtype).eps)

@@ -12,10 +12,9 @@ path, and a new granularity is one more line in `vector_view`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from math import prod
-
-import torch
 
 # What users may write, with N the rows or columns in a block.
 NAMES = ("tensor", "matrix", "row", "column", "row:N", "column:N")
@@ -52,16 +51,14 @@ def parse(granularity: str) -> tuple[str, int]:
     return granularity, 1
 
 
-def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, ...]:
+def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, int, int, int]:
     """Sizes `(outer, length, inner, width)` for weights of one batch.
 
     Args:
         shape: `(batch, *weight_shape)`. The batch axis always separates vectors, and so
             do the dimensions before the last two, but for `"tensor"` and `"dim0"`.
-        granularity: `"tensor"`, one vector a weight; `"matrix"`, one for its last two
-            dimensions; `"row"`, W[i, :]; `"column"`, W[:, j]; `"row:N"`, `"column:N"`,
-            N neighbours of them; `"dim0"`, vectors along the first dimension. Weights
-            of fewer than two dimensions are one vector whatever the granularity.
+        granularity: as in `nuslerp`. Weights of fewer than two dimensions are one
+            vector whatever it is.
 
     Raises:
         ValueError: an unknown granularity, or a block that does not divide its
@@ -69,16 +66,16 @@ def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, ...]:
     """
     kind, block = parse(granularity)
     batch, *weight = shape
+    *leading, rows, columns = (1, 1, *weight)
+    matrices = batch * prod(leading)
     if kind == "tensor" or len(weight) < 2:
-        return batch, 1, 1, prod(weight)
+        return batch, prod(leading) * rows, 1, columns
+    if kind == "matrix":
+        return matrices, rows, 1, columns
     if kind == FIRST_DIMENSION:
         return batch, weight[0], prod(weight[1:]), 1
-    *leading, rows, columns = weight
-    matrices = batch * prod(leading)
-    if kind == "matrix":
-        return matrices, 1, 1, rows * columns
     if kind == "row":
-        return matrices * _blocks(rows, block, "row"), 1, 1, block * columns
+        return matrices * _blocks(rows, block, "row"), block, 1, columns
     return matrices, rows, _blocks(columns, block, "column"), block
 
 
@@ -94,48 +91,15 @@ def _blocks(size: int, block: int, kind: str) -> int:
     return size // block
 
 
-def as_stored(
-    tensors: Sequence[torch.Tensor], granularity: str
-) -> tuple[list[int], str]:
-    """The same vectors, of dimensions in an order that is cheap to read.
-
-    Where vectors take in whole dimensions, the order of their elements is free. And
-    the rows of a matrix are the columns of its transpose. So transposed weights can be
-    read as they lie instead of in leaps or through a contiguous copy.
-
-    Args:
-        tensors: each `(batch, *weight_shape)`. The first decides, but rows and columns
-            change places only where that takes a copy of none.
-        granularity: as in `vector_view`.
-
-    Returns:
-        The order of the dimensions, batch first, and the granularity in that order.
-
-    Raises:
-        As `vector_view`.
-    """
-    first = tensors[0]
-    vector_view(first.shape, granularity)  # for errors in the words of the caller
-    kind, block = parse(granularity)
-    order, strides = list(range(first.ndim)), first.stride()
-    if kind in ("tensor", "matrix"):
-        start = 1 if kind == "tensor" else max(1, first.ndim - 2)
-        order[start:] = sorted(order[start:], key=lambda dim: -strides[dim])
-        return order, granularity
-    if kind == FIRST_DIMENSION and first.ndim == 3:
-        kind = "column"
-    if kind in ("row", "column") and first.ndim > 2 and strides[-2] < strides[-1]:
-        kind = "row" if kind == "column" else "column"
-        swapped = kind if block == 1 else f"{kind}:{block}"
-        if all(_is_view(tensor.mT, swapped) for tensor in tensors):
-            return [*order[:-2], order[-1], order[-2]], swapped
-    return order, granularity
+def pieces(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a view into parts of at most `most` elements, in the order of memory."""
+    steps: list[int] = []
+    for size in reversed(sizes):
+        steps.insert(0, max(1, min(size, most)))
+        most //= steps[0]
+    yield from product(*(slices(size, step) for size, step in zip(sizes, steps)))
 
 
-def _is_view(tensor: torch.Tensor, granularity: str) -> bool:
-    """Whether a batch can be seen as vectors without copying it."""
-    try:
-        tensor.view(vector_view(tensor.shape, granularity))
-    except RuntimeError:
-        return False
-    return True
+def slices(size: int, step: int) -> list[slice]:
+    """Cut a dimension into steps; the last one may be shorter."""
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

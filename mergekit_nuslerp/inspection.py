@@ -39,16 +39,15 @@ from mergekit_nuslerp.geometry import (
     normalize_weights,
     sums_to_zero,
 )
-from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices
+from mergekit_nuslerp.kernel import NonFiniteError, RangeError, gram_matrices
 from mergekit_nuslerp.parameters import (
     ConfigError,
     check_block,
     check_models,
-    nonfinite,
+    named,
     unlike_shapes,
 )
 from mergekit_nuslerp.plugin import mergekit_version
-from mergekit_nuslerp.streaming import one_thread
 
 # Bins of the angles' histograms.
 _BINS = 40
@@ -176,6 +175,7 @@ def inspect(
     Raises:
         ConfigError: a config of another method, or one that cannot be run.
         ValueError: NaN or infinity in a checkpoint, with the tensor's and model's name.
+        OverflowError: squared lengths that leave float64, with the tensor's name.
     """
     if config.merge_method != "nuslerp":
         raise ConfigError(
@@ -312,10 +312,10 @@ class _Measure(Task[Any]):
         check_block(planned.granularity, planned.name, shape)
         try:
             return measure(planned, tensors)
-        except ValueError:
+        except (OverflowError, ValueError):
             if not planning.agree(tensors.values()):
                 raise
-            reason = "it is the same in all models, and not finite"
+            reason = "it is the same in all models, and has no angles"
             return Skipped(name=planned.name, reason=reason)
 
 
@@ -333,13 +333,9 @@ def measure(
     inputs = [tensors[model] for model in models]
     try:
         grams = gram_matrices(inputs, base=base, granularity=planned.granularity)
-    except NonFiniteError as error:
-        culprit = planned.base if error.model is None else models[error.model]
-        raise ValueError(
-            nonfinite(planned.name, culprit, is_base=error.model is None)
-        ) from None
-    with one_thread():
-        return _described(planned, models, inputs, base, grams)
+    except (NonFiniteError, RangeError) as error:
+        raise named(error, planned.name, models, planned.base) from None
+    return _described(planned, models, inputs, base, grams)
 
 
 def _described(
@@ -358,12 +354,8 @@ def _described(
     grams = grams[:, :count, :count]
     given_weights = [planned.weights[model] for model in models]
     weights = normalize_weights(torch.tensor(given_weights, dtype=grams.dtype))
-    tolerance = torch.finfo(dtype).eps
     coefficients, unique = mean_coefficients(
-        grams,
-        weights,
-        magnitude=planned.magnitude,
-        antipodal_tolerance=tolerance,
+        grams, weights, magnitude=planned.magnitude
     )
     squares = grams.diagonal(dim1=-2, dim2=-1)
     norms = squares.sum(0).sqrt()
@@ -398,7 +390,7 @@ def _described(
         ],
         absent=[str(model) for model in planned.weights if model not in models],
         pairs=[
-            _pair(models, grams, first, second, antipodal_bound(grams.dtype, tolerance))
+            _pair(models, grams, first, second, antipodal_bound(grams.dtype))
             for first, second in combinations(range(count), 2)
         ],
         norm_ratio=_ratio(float(norms.max()), float(norms.min())),

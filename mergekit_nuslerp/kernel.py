@@ -1,39 +1,49 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""Gram matrix, coefficients, combination: large weights streamed through three steps.
+"""A merge in three steps: Gram matrix, coefficients, combination.
 
-Weights are read piece by piece into scratch of a wider dtype. One pass takes the
-inner products, `geometry` turns them into a coefficient for each vector, and a
-second pass writes the combination, rounded once. Scratch does not grow with the
-weight.
+One pass over the weights takes the inner products, `geometry` turns them into a
+coefficient for each vector, and a second pass writes the combination, rounded once.
+What a pass does on a device is in `passes`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import compress
-from math import isfinite, prod, sqrt
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from math import isfinite, prod
 from typing import NamedTuple
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
-from mergekit_nuslerp import loops
+from mergekit_nuslerp import passes
 from mergekit_nuslerp.geometry import (
     Magnitude,
     check_magnitude,
+    mean_coefficients,
     normalize_weights,
     sums_to_zero,
 )
-from mergekit_nuslerp.streaming import (
-    Crew,
-    Job,
-    Worker,
-    one_thread,
-    over_elements,
-)
+from mergekit_nuslerp.granularity import slices, vector_view
+from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
+
+# Entries of the Gram matrices that are worked out at once: so few that PyTorch does it
+# in one thread. Several would wait for each other where a machine is busy.
+_GRAM_ENTRIES = 2**15
+
+# Elements of whole vectors that are worked out at once, so that they are still in the
+# cache when the second pass reads them.
+_GROUP_ELEMENTS = 2**22
+
+# What float32 is enough for: squared lengths and coefficients between these, whose
+# products are neither subnormal nor infinite, and vectors that are five degrees or more
+# from opposite, as the inner products of nearer ones feel its rounding.
+_SQUARES = 1e-24, 1e36
+_COEFFICIENTS = 1e-18, 1e18
+_NEAR_ANTIPODAL = 4e-3
 
 
 class NonFiniteError(ValueError):
@@ -45,12 +55,28 @@ class NonFiniteError(ValueError):
     """
 
     def __init__(self, output: int, model: int | None):
+        super().__init__(output, model)
         self.output, self.model = output, model
-        who = "the base" if model is None else f"model {model}"
-        super().__init__(f"weight {output} of {who} contains NaN or infinity")
 
-    def __reduce__(self) -> tuple[type, tuple[int, int | None]]:
-        return type(self), (self.output, self.model)
+    def __str__(self) -> str:
+        who = "the base" if self.model is None else f"model {self.model}"
+        return f"weight {self.output} of {who} contains NaN or infinity"
+
+
+class RangeError(OverflowError):
+    """A merge of finite inputs leaves the range of a dtype.
+
+    Attributes:
+        output: index along the batch axis.
+        reason: what leaves which range.
+    """
+
+    def __init__(self, output: int, reason: str):
+        super().__init__(output, reason)
+        self.output, self.reason = output, reason
+
+    def __str__(self) -> str:
+        return f"weight {self.output}: {self.reason}"
 
 
 class Merged(NamedTuple):
@@ -69,7 +95,6 @@ def nuslerp(
     granularity: str = "tensor",
     magnitude: Magnitude = "slerp",
     lambda_: float = 1.0,
-    compiled: bool = False,
 ) -> torch.Tensor:
     """Merge weights on a sphere instead of on a line.
 
@@ -80,9 +105,9 @@ def nuslerp(
         tensors: two or more floating-point tensors of one shape (any, also empty or
             strided) and device. Dtypes may differ. They are not modified.
         weights: one finite number a tensor; only their ratios matter. Two merge at
-            t = w_1 / (w_0 + w_1), and beyond the ends where t is outside [0, 1]. Of
-            more than two, none may be negative. Weights whose sum is below 1e-6 count
-            as equal, with a warning.
+            t = w_1 / (w_0 + w_1), and extrapolate where t is outside [0, 1]. Of more
+            than two, none may be negative. Weights whose sum is below 1e-6 count as
+            equal, with a warning.
         base: merge the task vectors `tensors[i] - base` and add the base again.
         granularity: which elements form one vector on the sphere: the whole `"tensor"`,
             each `"matrix"` (the last two dimensions), each `"row"` W[i, :] or
@@ -91,12 +116,9 @@ def nuslerp(
             than two dimensions is one vector.
         magnitude: length of the result. `"slerp"` applies the coefficients of the
             interpolated unit vectors to the vectors themselves, as mergekit does;
-            `"linear"` and `"geometric"` take the weighted mean of the lengths. Beyond
-            the ends the linear one may be below zero; the result is then zero long.
+            `"linear"` and `"geometric"` take the weighted mean of the lengths. An
+            extrapolated linear mean may be below zero; the result then has length 0.
         lambda_: scales the merged task vectors. Needs a base, unless 1.
-        compiled: merge contiguous tensors of a million elements or more in loops that
-            `torch.compile` makes: faster, but for seconds of compiling in a process.
-            Sums are in another order, so that a last digit may differ.
 
     Returns:
         A new tensor of the inputs' shape, in their promoted dtype. It is computed in
@@ -109,9 +131,10 @@ def nuslerp(
             negative, shapes or devices that differ, a granularity that is unknown or
             does not divide the shape, an unknown magnitude, lambda without a base.
         TypeError: integer, boolean or complex tensors.
-        NonFiniteError: NaN or infinity in an input.
-        OverflowError: task vectors beyond the range of float64, or lengths, where the
-            magnitude depends on them.
+        NonFiniteError: a ValueError; NaN or infinity in an input.
+        RangeError: an OverflowError; the result leaves the range of its dtype, or
+            squared lengths of float64 vectors leave that of float64.
+        NotImplementedError: a derivative in forward mode.
 
     Warns:
         RuntimeWarning: weights that sum to zero, or vectors without a unique mean
@@ -123,8 +146,7 @@ def nuslerp(
         >>> nuslerp([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], [1, 1])
         tensor([0.7071, 0.7071])
     """
-    tensors = list(tensors)
-    given = tensors if base is None else [*tensors, base]
+    given = [*tensors] if base is None else [*tensors, base]
     if len(tensors) < 2:
         raise ValueError(f"NuSLERP merges two models or more, not {len(tensors)}")
     if len(weights) != len(tensors):
@@ -146,9 +168,8 @@ def nuslerp(
         granularity=granularity,
         magnitude=magnitude,
         lambda_=lambda_,
-        compiled=compiled,
     )
-    if merged.linear.any():
+    if given[0].device.type != "meta" and merged.linear.any():
         warnings.warn(
             f"{int(merged.linear)} of {merged.vectors} vectors have no unique "
             "spherical mean; they are merged linearly instead",
@@ -166,7 +187,6 @@ def merge_batch(
     granularity: str = "tensor",
     magnitude: Magnitude = "slerp",
     lambda_: float = 1.0,
-    compiled: bool = False,
 ) -> Merged:
     """`nuslerp` for a batch of weights of one shape, without its warnings.
 
@@ -174,14 +194,7 @@ def merge_batch(
         tensors: one tensor a model, each `(batch, *weight_shape)`.
         weights: `(batch, models)`, on any device.
         base: `(batch, *weight_shape)` or None.
-        granularity: as in `nuslerp`.
-        magnitude: as in `nuslerp`.
-        lambda_: as in `nuslerp`.
-        compiled: as in `nuslerp`.
-
-    Returns:
-        The merged weights, in the inputs' promoted dtype, with how many of their
-        vectors had no unique mean.
+        granularity, magnitude, lambda_: as in `nuslerp`.
 
     Raises:
         As `nuslerp`.
@@ -189,9 +202,8 @@ def merge_batch(
     weights = weights.detach().to("cpu", torch.float64)
     if not weights.sum(-1).isfinite().all():
         raise ValueError(f"weights and their sum must be finite: {weights.tolist()}")
-    normalized = normalize_weights(weights)
-    models = len(tensors)
-    if models > 2 and (normalized < 0).any():
+    shares = normalize_weights(weights)
+    if len(tensors) > 2 and (shares < 0).any():
         raise ValueError(
             f"weights of more than two models must not be negative: {weights.tolist()}"
         )
@@ -200,24 +212,34 @@ def merge_batch(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
     check_magnitude(magnitude)
-    job = Job.of(
-        tensors,
-        base,
-        granularity,
-        weights=normalized,
-        magnitude=magnitude,
-        lambda_=lambda_,
-        compiled=compiled,
-    )
-    vectors = job.sizes[0] * job.sizes[2] // max(1, job.batch)
-    if not prod(job.sizes):
-        result = tensors[0].to(job.dtype, copy=True)
-        return Merged(result, vectors, result.new_zeros(job.batch, dtype=torch.int64))
-    with torch.autocast(job.device.type, enabled=False):  # it rounds matrix products
-        result, linear = _merge(job)
-    inverse = sorted(range(len(job.order)), key=job.order.__getitem__)
-    shape = [tensors[0].shape[dim] for dim in job.order]
-    return Merged(result.reshape(shape).permute(inverse), vectors, linear)
+    job = _Job([*tensors] if base is None else [*tensors, base], granularity)
+    narrow = torch.float32 if job.dtype.itemsize == 2 and not job.recorded else job.wide
+    shares, batch = shares.to(job.device, job.wide), len(job.given[0])
+    result = torch.empty(job.sizes, dtype=job.dtype, device=job.device)
+    linear = torch.zeros(batch, dtype=torch.int64, device=job.device)
+    for outer, inner, outputs in job.groups(len(tensors)):
+        inputs = [view[outer, :, inner] for view in job.views]
+        origin = None if base is None else inputs.pop()
+        for working in (narrow, job.wide):
+            gram = job.chosen.gram(inputs, origin, working)
+            coefficients, unique = mean_coefficients(
+                gram,
+                shares[outputs].unsqueeze(1),
+                magnitude=magnitude,
+                antipodal_tolerance=0 if working == job.wide else _NEAR_ANTIPODAL,
+            )
+            coefficients = lambda_ * coefficients
+            if working == job.wide or _is_precise(gram, coefficients, unique):
+                break
+        if working == job.wide:
+            job.check(inputs, origin, gram, outputs)
+            _refuse_infinite(coefficients, outputs, "a coefficient")
+        out = result[outer, :, inner]
+        if not job.chosen.combine(inputs, origin, coefficients, out, working):
+            _refuse_infinite(out, outputs, "the result")
+        linear.index_add_(0, outputs, (~unique).sum(-1))
+    vectors = job.sizes[0] * job.sizes[2] // max(1, batch)
+    return Merged(result.view(job.given[0].shape), vectors, linear)
 
 
 def gram_matrices(
@@ -230,8 +252,7 @@ def gram_matrices(
 
     Args:
         tensors: as in `nuslerp`, one or more.
-        base: as in `nuslerp`.
-        granularity: as in `nuslerp`.
+        base, granularity: as in `nuslerp`.
 
     Returns:
         `(vectors, N, N)` in the widest dtype of the device, computed in it. With a
@@ -239,157 +260,101 @@ def gram_matrices(
         the base itself, the others of the task vectors.
 
     Raises:
-        As `nuslerp`. OverflowError for squares beyond the range of that dtype.
+        As `nuslerp`.
     """
-    job = Job.of(
-        [tensor.detach().unsqueeze(0) for tensor in tensors],
-        None if base is None else base.detach().unsqueeze(0),
-        granularity,
-        measures_base=base is not None,
-    )
-    outer, _, inner, _ = job.sizes
-    shape = (outer, inner, job.vectors, job.vectors)
-    grams = torch.zeros(shape, dtype=job.wide_dtype, device=job.device)
-    if not prod(job.sizes):
-        return grams.flatten(0, 1)
-    with (
-        torch.autocast(job.device.type, enabled=False),
-        Crew(job, job.wide_dtype) as crew,
-    ):
-        for group in crew.groups():
-            grams[group.outer, group.inner] = crew.gram(group)
-    if not grams.isfinite().all():
-        _refuse_nonfinite(job)
-        _refuse_overflow(grams)
+    given = [*tensors] if base is None else [*tensors, base]
+    job = _Job([tensor.detach().unsqueeze(0) for tensor in given], granularity)
+    shape = job.sizes[0], job.sizes[2], len(given), len(given)
+    grams = torch.zeros(shape, dtype=job.wide, device=job.device)
+    measure = {"measure_base": base is not None}
+    for outer, inner, outputs in job.groups(len(given)):
+        inputs = [view[outer, :, inner] for view in job.views]
+        origin = None if base is None else inputs.pop()
+        grams[outer, inner] = job.chosen.gram(inputs, origin, job.wide, **measure)
+        job.check(inputs, origin, grams[outer, inner], outputs)
     return grams.flatten(0, 1)
 
 
-def _merge(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose how the three steps run, and look at what the inner products showed.
-
-    Returns:
-        The result in the job's view, and `(batch,)`, how many vectors of each weight
-        had no unique mean.
-    """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in job.inputs):
-        return _record(job)
-    job = replace(job, inputs=tuple(tensor.detach() for tensor in job.inputs))
-    result, squares, linear = _first(job)
-    short = squares[:, 0] < _smallest_square(job.dtype, job.scratch_dtype)
-    finite = squares.isfinite().all()
-    # One look for all pieces: an accelerator has to be waited for.
-    if not short.any() and finite:
-        return result, linear
-    if not finite:
-        _refuse_nonfinite(job)
-    # Mostly this is a model that left vectors as they were, and all is well.
-    if not finite or _has_tiny_vectors(job, short.tolist()):
-        result, squares, linear = _stream(Crew(job, job.wide_dtype), scaled=True)
-        _refuse_overflow(squares)
-    return result, linear
-
-
-def _first(job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_stream` in compiled loops where they are wanted and work, or else without."""
-    if job.compiled and loops.suits(job):
-        try:
-            return _stream(loops.CompiledCrew(job, job.scratch_dtype))
-        except loops.CompileError as error:
-            loops.give_up(error)
-    return _stream(Crew(job, job.scratch_dtype))
-
-
-def _stream(
-    crew: Crew, *, scaled: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take a job through the steps.
+class _Job:
+    """What a merge reads: batches of weights, seen as vectors.
 
     Args:
-        crew: who does it.
-        scaled: divide each vector by the power of two of its largest element before
-            taking squares. Angles stay, overflow and underflow go.
-
-    Returns:
-        The result in the job's view, `(groups, 2)` the smallest and the largest squared
-        length of a vector in each group, and `(batch,)` the vectors merged linearly.
+        given: `(batch, *weight_shape)` of the models, and of the base if there is one.
+        granularity: as in `nuslerp`.
     """
-    job, squares = crew.job, []
-    result = torch.empty(job.sizes, dtype=job.dtype, device=job.device)
-    linear = torch.zeros(job.sizes[0], dtype=torch.int64, device=job.device)
-    with crew:
-        for group in crew.groups():
-            scale = _scale(crew.peaks(group)) if scaled else None
-            gram = crew.gram(group, scale)
-            values, unique = crew.means(group, gram, scale)
-            if scaled:
-                _refuse_overflow(values)
-            crew.write(
-                group, values.to(crew.dtype), result[group.outer, :, group.inner]
-            )
-            lengths = gram.diagonal(dim1=-2, dim2=-1)
-            squares.append(torch.stack(lengths.aminmax()))
-            linear[group.outer] += (~unique).sum(-1)
-    return result, torch.stack(squares), linear.view(job.batch, -1).sum(-1)
+
+    def __init__(self, given: Sequence[torch.Tensor], granularity: str):
+        for tensor in given:
+            if not tensor.is_floating_point():
+                raise TypeError(
+                    f"NuSLERP needs floating-point tensors, not {tensor.dtype}"
+                )
+            if unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError("NuSLERP has no forward-mode derivatives")
+        self.given, self.device = given, given[0].device
+        self.dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
+        self.wide = wide_dtype(self.device)
+        self.sizes = vector_view(given[0].shape, granularity)
+        self.views = [tensor.reshape(self.sizes) for tensor in given]
+        self.recorded = is_recorded(given)
+        self.chosen = passes.choose(self.views)
+
+    def groups(self, models: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Vectors to work out at once: outer and inner indices, and their weights'."""
+        outer, length, inner, width = self.sizes
+        if not prod(self.sizes) or self.device.type == "meta":
+            return
+        most = max(1, _GRAM_ENTRIES // models**2)
+        near = max(1, _GROUP_ELEMENTS // (length * inner * width))
+        steps = min(near, max(1, most // inner)), most
+        if self.recorded:  # autograd would copy the whole gradient for each group
+            steps = outer, inner
+        for part in slices(outer, steps[0]):
+            outputs = torch.arange(part.start, part.stop, device=self.device)
+            for vectors in slices(inner, steps[1]):
+                yield part, vectors, outputs // (outer // len(self.given[0]))
+
+    def check(
+        self,
+        inputs: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        gram: torch.Tensor,
+        outputs: torch.Tensor,
+    ) -> None:
+        """Refuse vectors that are not finite, or whose squares are not theirs."""
+        if not gram.isfinite().all():
+            for index, tensor in enumerate(self.given):
+                for output, weight in enumerate(tensor.detach()):
+                    if not torch.stack(weight.aminmax()).isfinite().all():
+                        is_base = base is not None and index == len(inputs)
+                        raise NonFiniteError(output, None if is_base else index)
+            _refuse_infinite(gram, outputs, "a squared length")
+        if self.dtype != torch.float64:
+            return
+        squares, number = gram.diagonal(dim1=-2, dim2=-1), torch.finfo(gram.dtype)
+        short = squares[..., : len(inputs)] < number.smallest_normal / number.eps**2
+        for outer, inner, model in short.nonzero().tolist():
+            vector = inputs[model][outer, :, inner]
+            zero = torch.zeros_like(vector) if base is None else base[outer, :, inner]
+            if not vector.equal(zero):
+                reason = "a squared length is too small for torch.float64"
+                raise RangeError(int(outputs[outer]), reason)
 
 
-def _record(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
-    """All at once and in the widest dtype, for autograd, which keeps it all anyway."""
-    worker, piece = Worker(job, job.wide_dtype, rows=None), job.inputs
-    with torch.no_grad():
-        scale = _scale(worker.peaks(piece))
-    worker.held = None  # read again, and recorded
-    gram = worker.gram(piece, over_elements(scale))
-    if not gram.isfinite().all():
-        _refuse_nonfinite(job)
-        _refuse_overflow(gram)
-    with one_thread():
-        factors, unique = job.coefficients(gram, job.vector_weights, scale)
-    _refuse_overflow(factors)
-    result = worker.combine(piece, over_elements(factors)).to(job.dtype)
-    return result, (~unique).sum(-1).view(job.batch, -1).sum(-1)
+def _is_precise(
+    gram: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
+) -> bool:
+    """Whether float32 is enough for Gram matrices and for what comes of them."""
+    smallest, largest = gram.diagonal(dim1=-2, dim2=-1).aminmax()
+    sizes = coefficients.abs()
+    within = (sizes >= _COEFFICIENTS[0]) & (sizes <= _COEFFICIENTS[1])
+    fine = (within | (coefficients == 0)).all() & unique.all()
+    return bool(fine & (smallest >= _SQUARES[0]) & (largest <= _SQUARES[1]))
 
 
-def _scale(peaks: torch.Tensor) -> torch.Tensor:
-    """The power of two that brings each vector's largest element close to one.
-
-    Limited by the range of the dtype, which is close enough.
-    """
-    exponents = torch.frexp(peaks).exponent.to(peaks.dtype)
-    return torch.exp2(-exponents).clamp(max=torch.finfo(peaks.dtype).max)
-
-
-def _smallest_square(inputs: torch.dtype, scratch: torch.dtype) -> float:
-    """The smallest squared length that can be trusted, in scratch of a given dtype.
-
-    Zero where the inputs' range is so narrow that no square of theirs vanishes.
-    """
-    narrow, wide = torch.finfo(inputs), torch.finfo(scratch)
-    if (narrow.smallest_normal * narrow.eps) ** 2 >= wide.smallest_normal:
-        return 0.0
-    return wide.smallest_normal / wide.eps**2
-
-
-def _has_tiny_vectors(job: Job, suspects: Sequence[bool]) -> bool:
-    """Whether a vector of the suspected groups is not zero, but too short to square."""
-    shortest = sqrt(_smallest_square(job.dtype, job.scratch_dtype))
-    with Crew(job, job.scratch_dtype) as crew:
-        peaks = map(crew.peaks, compress(crew.groups(), suspects))
-        return any(bool(((peak > 0) & (peak < shortest)).any()) for peak in peaks)
-
-
-def _refuse_nonfinite(job: Job) -> None:
-    """Raise NonFiniteError for the first input that holds NaN or infinity."""
-    for index, tensor in enumerate(job.inputs):
-        alone = replace(job, inputs=(tensor.detach(),), models=1, measures_base=False)
-        with Crew(alone, job.scratch_dtype) as crew:
-            for group in crew.groups():
-                bad = ~crew.peaks(group).isfinite().flatten(1).all(1)
-                if bad.any():
-                    first = group.outer.start + int(bad.nonzero()[0])
-                    output = first * job.batch // job.sizes[0]
-                    raise NonFiniteError(output, None if index == job.models else index)
-
-
-def _refuse_overflow(found: torch.Tensor) -> None:
-    if not found.isfinite().all():
-        raise OverflowError("a vector, or its length, is beyond the range of float64")
+def _refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
+    """Raise RangeError if values `(outer, ...)` are not all finite."""
+    infinite = ~values.isfinite().flatten(1).all(1)
+    if infinite.any():
+        reason = f"{what} is too large for {values.dtype}"
+        raise RangeError(int(outputs[infinite][0]), reason)

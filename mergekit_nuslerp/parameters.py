@@ -28,6 +28,7 @@ from pydantic import (
 
 from mergekit_nuslerp import granularity
 from mergekit_nuslerp.geometry import Magnitude, sums_to_zero
+from mergekit_nuslerp.kernel import NonFiniteError, RangeError
 from mergekit_nuslerp.messages import brief, printable, shortened
 
 LOG = logging.getLogger(__package__)
@@ -519,13 +520,30 @@ def _warn_of_tensor(message: str, *about: Any) -> None:
 # --- Tensors -----------------------------------------------------------------------
 
 
-def nonfinite(tensor: str | None, model: Hashable, *, is_base: bool) -> str:
-    """The message about an input that cannot be merged."""
-    owner = f"the base model {model}" if is_base else f"model {model}"
-    return (
+def named(
+    error: NonFiniteError | RangeError,
+    tensor: str | None,
+    models: Sequence[Hashable],
+    base: Hashable | None,
+) -> Exception:
+    """The kernel's error about one tensor, by names that users know."""
+    if isinstance(error, RangeError):
+        return out_of_range(tensor, error.reason)
+    owner = f"the base model {base}"
+    if error.model is not None:
+        owner = f"model {models[error.model]}"
+    return ValueError(
         f"nuslerp: {_called(tensor)} of {owner} contains NaN or infinity. "
         "The checkpoint is damaged, its training diverged, or the config's `dtype` "
         "cannot hold its numbers; use another one."
+    )
+
+
+def out_of_range(tensor: str | None, reason: str) -> OverflowError:
+    """The error about a tensor whose merge its dtype cannot hold."""
+    return OverflowError(
+        f"nuslerp: {_called(tensor)}: {reason}. Write another `dtype`, or a smaller "
+        "`lambda`."
     )
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import mergekit_nuslerp
-from mergekit_nuslerp import REGISTRY, _hook
+from mergekit_nuslerp import REGISTRY, misspelt
 
 LOG = logging.getLogger(__package__)
 
@@ -113,10 +113,9 @@ def announce_merge() -> None:
 @cache
 def announce() -> None:
     """Say once in a process that it is this plugin that merges."""
-    compiled = ", in compiled loops" if _hook.compiled() else ""
     message = (
         f"mergekit-nuslerp {mergekit_nuslerp.__version__} merges here in place of "
-        f"mergekit's own nuslerp{compiled} (MERGEKIT_NUSLERP=0 switches it off)"
+        "mergekit's own nuslerp (MERGEKIT_NUSLERP=0 switches it off)"
     )
     # mergekit lets no logger show what is below a warning, which this is not. But which
     # code made a model must be seen, so it goes to the handlers at once.
@@ -124,5 +123,5 @@ def announce() -> None:
         LOG.handle(
             LOG.makeRecord(LOG.name, logging.INFO, __file__, 0, message, (), None)
         )
-    if _hook.misspelt():
-        LOG.warning("mergekit-nuslerp: %s", _hook.misspelt())
+    if misspelt():
+        LOG.warning("mergekit-nuslerp: %s", misspelt())

@@ -125,7 +125,7 @@ def largest_coefficient(tolerance: float) -> float:
     No two vectors that are not antipodal have larger ones; and above this, rounding of
     float64 inner products would be felt.
     """
-    return min(1 / math.sqrt(2 * tolerance), 64.0)
+    return min(1 / math.sqrt(2 * tolerance), torch.finfo(torch.float64).eps ** (-1 / 6))
 
 
 def _of_many(
@@ -211,12 +211,7 @@ def reference(
     lambda_: float = 1.0,
 ) -> Reference:
     """Merge weights, and say how well conditioned each element is."""
-    given = [*tensors] if base is None else [*tensors, base]
-    dtype = given[0].dtype
-    for tensor in given:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    # No cosine in float64 is more exact than the second.
-    tolerance = max(torch.finfo(dtype).eps, 32 * torch.finfo(torch.float64).eps)
+    tolerance = 32 * torch.finfo(torch.float64).eps  # no cosine is more exact
     total = sum(weights)
     shares = [1 / len(weights) if abs(total) < 1e-6 else w / total for w in weights]
 

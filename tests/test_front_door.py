@@ -211,6 +211,22 @@ def test_nan_names_tensor_and_model(culprit, named):
         )
 
 
+TOO_LARGE = r"w: the result is too large for torch\.float16\. .*`dtype`.*`lambda`"
+
+
+@only_batched
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_a_dtype_cannot_hold_names_the_tensor(dtype):
+    """In the merge or in the conversion of its result."""
+    rows = 6e4 * torch.eye(3, dtype=dtype)
+    state = {str(i): {"v": rows[2], "w": rows[i]} for i in range(3)}
+    options = {"weight": [1.0, 1.0], "lambda": 2.0}
+    with pytest.raises(OverflowError, match=f"tensor {TOO_LARGE}"):
+        merge_state_dicts(
+            state, "nuslerp", base="2", parameters=options, out_dtype=torch.float16
+        )
+
+
 @only_batched
 def test_one_tensor_object_for_base_and_model():
     x, y = torch.randn(2, 8)
@@ -326,4 +342,12 @@ def test_a_task_names_tensor_and_model_of_nan(culprit):
     tensors[refs[culprit]][1] = float("inf")
     expected = rf"layers\.0\.w of (the base )?model {refs[culprit]} contains"
     with pytest.raises(ValueError, match=expected):
+        planned.execute(tensors)
+
+
+@only_tasks
+def test_a_task_names_the_tensor_that_its_dtype_cannot_hold():
+    planned, refs = task(**{"lambda": 2.0})
+    tensors = dict(zip(refs, 6e4 * torch.eye(3, dtype=torch.float16)))
+    with pytest.raises(OverflowError, match=rf"layers\.0\.{TOO_LARGE}"):
         planned.execute(tensors)

@@ -1034,6 +1034,10 @@ def not_a_number(name: str, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def huge(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight.double() * 1e200 if "layers.1.mlp.up_proj" in name else weight
+
+
 def renamed(shard: Path) -> None:
     state = load_tensors_of(shard)
     save_file({f"other.{name}": weight for name, weight in state.items()}, shard)
@@ -1047,6 +1051,7 @@ def renamed(shard: Path) -> None:
             r"mlp\.up_proj\.weight differs in shape: .*\./kd.* Models of different",
         ),
         (not_a_number, r"layers\.1\.mlp\.up_proj\.weight of model \./kd contains NaN"),
+        (huge, r"up_proj\.weight: a squared length is too large for torch\.float64\."),
     ],
 )
 def test_weights_that_cannot_be_merged(
@@ -1056,7 +1061,9 @@ def test_weights_that_cannot_be_merged(
     tmp_path: Path,
 ) -> None:
     altered(small, tmp_path, change)
-    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(
+        CONFIG.replace("dtype: bfloat16", ""), encoding="utf-8"
+    )
     done = command(tmp_path, "config.yaml", "--json", "records.json")
     assert_refused(done, message)
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -31,7 +31,7 @@ from support import (
 )
 
 import mergekit_nuslerp
-from mergekit_nuslerp import cli, plugin
+from mergekit_nuslerp import cli, passes, plugin
 
 PACKAGE = Path(mergekit_nuslerp.__file__).parent
 
@@ -105,7 +105,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize(
-    "missing", [("_hook.py",), ("plugin.py",), ("kernel.py",), tuple(OTHERS)]
+    "missing", [("plugin.py",), ("parameters.py",), ("kernel.py",), tuple(OTHERS)]
 )
 def test_a_damaged_installation_fails_nuslerp_merges_and_no_others(tmp_path, missing):
     path = damaged_copy(tmp_path, *missing)
@@ -347,7 +347,7 @@ def test_the_demo_needs_the_plugin(tmp_path):
 @pytest.mark.parametrize(
     "value, said",
     [
-        ("compile", "in compiled loops"),
+        ("compile", "MERGEKIT_NUSLERP=compile is not needed any more"),
         ("complie", "MERGEKIT_NUSLERP=complie has no effect"),
     ],
 )
@@ -358,6 +358,19 @@ def test_status_says_what_the_switch_does(value, said, monkeypatch):
     result = CliRunner().invoke(cli.main, ["status"], env={"MERGEKIT_NUSLERP": value})
     assert result.exit_code == 0, result.output
     assert said in result.output
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("1", passes.description()),
+        ("portable", "portable pass (PyTorch), as MERGEKIT_NUSLERP=portable says"),
+    ],
+)
+def test_status_says_which_pass_serves(value, said):
+    result = CliRunner().invoke(cli.main, ["status"], env={"MERGEKIT_NUSLERP": value})
+    assert result.exit_code == 0, result.output
+    assert f"arithmetic: {said}." in result.output
 
 
 @pytest.mark.parametrize(

@@ -1,41 +1,103 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""Large weights are merged by several threads, which leave no trace."""
+"""Threads, processes and signals: merges are the same and leave no trace in them."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from oracle import oracle
+from cases import WEIGHTS, models, need_native, normal, threads, two_or_three
+from support import clean_environment
 
-from mergekit_nuslerp import NonFiniteError, kernel, nuslerp, streaming
+from mergekit_nuslerp import NonFiniteError, nuslerp
+from mergekit_nuslerp.kernel import gram_matrices
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no unique spherical mean")
+
+any_granularity = pytest.mark.parametrize(
+    "granularity", ["tensor", "matrix", "row", "column", "row:4", "column:4", "dim0"]
+)
 
 
 @pytest.fixture(autouse=True)
-def several_threads(monkeypatch):
-    """Three threads and small pieces, whatever machine this is."""
-    monkeypatch.setattr(streaming, "_SCRATCH_BYTES_CPU", 16 * 1024)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+def native_pass() -> None:
+    need_native()
 
 
-@pytest.fixture
-def weights():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(96, 128, generator=generator) for _ in range(4)]
+@pytest.fixture(scope="module")
+def large() -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Three models and a base of 2^20 elements and some more."""
+    tensors, base = models(9, 117, 1028, count=3, dtype=torch.bfloat16)
+    return tensors, base
 
 
-GRANULARITIES = ("tensor", "row", "column", "row:32", "column:64")
-SHARES = {2: (0.3, 0.7), 3: (0.5, 0.2, 0.3)}
-any_number = pytest.mark.parametrize("count", SHARES)
+@two_or_three
+@any_granularity
+@pytest.mark.parametrize("with_base", [False, True])
+def test_any_number_of_threads_gives_the_same_bytes(
+    large, granularity, count, with_base
+):
+    tensors, base = large[0][:count], large[1] if with_base else None
+    if granularity == "row:4":
+        granularity = "row:3"
+    options = {"base": base, "granularity": granularity}
+    merges, grams = [], []
+    for number in (1, 2, 3, 7, 7, 1):
+        with threads(number):
+            merges.append(nuslerp(tensors, WEIGHTS[count], **options))
+            grams.append(gram_matrices(tensors, **options))
+    for merged, gram in zip(merges, grams):
+        assert merged.equal(merges[0])
+        assert gram.equal(grams[0])
 
 
-def threads_of_a_new_thread():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
+def test_so_it_does_in_wider_dtypes(dtype, granularity):
+    tensors = [normal(2100, 517, seed=seed, dtype=dtype) for seed in range(2)]
+    merges = []
+    for number in (1, 2, 3, 7):
+        with threads(number):
+            merges.append(nuslerp(tensors, [0.3, 0.7], granularity=granularity))
+    assert all(merged.equal(merges[0]) for merged in merges)
+
+
+TASKS = Path("/proc/self/task")
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="needs Linux's list of threads")
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
+def test_several_threads_take_part_and_end(large, granularity):
+    tensors, base = large
+    counts, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            counts.append(len(os.listdir(TASKS)))
+
+    with threads(3):
+        nuslerp([torch.ones(2, 2)] * 2, [1, 1])
+        before = len(os.listdir(TASKS)) + 1
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        deadline = time.monotonic() + 30
+        while max(counts, default=0) < before + 2 and time.monotonic() < deadline:
+            nuslerp(tensors, WEIGHTS[3], base=base, granularity=granularity)
+        done.set()
+        watcher.join()
+    assert max(counts) == before + 2
+    assert len(os.listdir(TASKS)) == before - 1
+
+
+def threads_of_a_new_thread() -> int:
     seen = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
@@ -43,133 +105,122 @@ def threads_of_a_new_thread():
     return seen[0]
 
 
-@any_number
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_any_number_of_threads_gives_the_same_merge(weights, granularity, count):
-    *others, base = (weight.double() for weight in weights)
-    # Opposite rows and columns, to be counted by whichever thread merges them.
-    others[1][:3] = 2 * base[:3] - others[0][:3]
-    others[1][:, 5] = 2 * base[:, 5] - others[0][:, 5]
-    tensors = [tensor.unsqueeze(0) for tensor in others[:count]]
-    shares = torch.tensor([SHARES[count]], dtype=torch.float64)
-    results = []
-    for threads in (1, 2, 3, 7):
-        torch.set_num_threads(threads)
-        results.append(
-            kernel.merge_batch(
-                tensors, shares, base=base.unsqueeze(0), granularity=granularity
-            )
-        )
-    expected = {"row": 3, "column": 1}.get(granularity, 0)
-    for result in results:
-        torch.testing.assert_close(
-            result.result, results[0].result, rtol=1e-14, atol=1e-13
-        )
-        assert result.linear.tolist() == [expected]
+@pytest.mark.parametrize("setting", ["", "portable"])
+def test_the_number_of_threads_stays_as_it_was(large, setting, monkeypatch):
+    monkeypatch.setenv("MERGEKIT_NUSLERP", setting)
+    tensors, base = large
+    broken = base.clone()
+    broken[3, 4, 5] = torch.nan
+    with threads(3):
+        for granularity in ("tensor", "column"):
+            nuslerp(tensors, WEIGHTS[3], base=base, granularity=granularity)
+            assert torch.get_num_threads() == threads_of_a_new_thread() == 3
+            with pytest.raises(NonFiniteError):
+                nuslerp(tensors, WEIGHTS[3], base=broken, granularity=granularity)
+            assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_several_threads_take_part(weights, granularity, monkeypatch):
-    workers, threads, read = set(), set(), streaming.Worker.read
-    met = threading.Barrier(3)
-
-    def watched(self, piece):
-        if self not in workers:
-            workers.add(self)
-            threads.add(threading.get_ident())
-            met.wait(30)  # or the first would be done before the others start
-        read(self, piece)
-
-    monkeypatch.setattr(streaming.Worker, "read", watched)
-    nuslerp(weights[:2], [1, 1], granularity=granularity)
-    assert len(workers) == 3
-    assert threading.get_ident() not in threads
-
-
-def test_the_number_of_threads_stays_as_it_was(weights):
-    nuslerp(weights[:2], [1, 1])
-    assert torch.get_num_threads() == 3
-    assert threads_of_a_new_thread() == 3
-    weights[0][3, 4] = float("nan")
-    with pytest.raises(NonFiniteError):
-        nuslerp(weights[:2], [1, 1])
-    assert torch.get_num_threads() == 3
-    assert threads_of_a_new_thread() == 3
-
-
-@any_number
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inputs_that_could_have_a_gradient(weights, granularity, mode, count):
-    *others, base = (weight.requires_grad_() for weight in weights)
-    others, shares = others[:count], SHARES[count]
-    with mode():
-        merged = nuslerp(others, shares, base=base, granularity=granularity)
-    assert not merged.requires_grad
-    exact = oracle(others, shares, base, granularity)
-    assert merged.equal(exact.float())
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_inputs_made_in_inference_mode(granularity):
-    with torch.inference_mode():
-        a, b = torch.randn(2, 96, 128)
-        inside = nuslerp([a, b], [0.3, 0.7], granularity=granularity)
-    outside = nuslerp([a, b], [0.3, 0.7], granularity=granularity)
-    assert inside.equal(outside)
-
-
-def test_threads_that_keep_to_one_at_the_same_time():
-    entered, leave = threading.Event(), threading.Event()
-
-    def other():
-        with streaming.one_thread():
-            entered.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=other)
-    with streaming.one_thread():
-        assert torch.get_num_threads() == 1
-        thread.start()
-        assert entered.wait(60)
-        assert streaming.num_threads() == 3
-    assert torch.get_num_threads() == 3
-    leave.set()
-    thread.join()
-    assert threads_of_a_new_thread() == 3
-
-
-def test_merges_in_several_threads_at_once(weights):
+@any_granularity
+def test_eight_python_threads_at_once_agree_with_one(large, granularity):
     """As mergekit's executor for several GPUs runs its tasks."""
-    expected = nuslerp(weights[:2], [0.3, 0.7])
+    if granularity == "row:4":
+        granularity = "row:3"
+    tensors, base = large
+    options = {"base": base, "granularity": granularity}
+    expected = nuslerp(tensors, WEIGHTS[3], **options)
     results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(nuslerp(weights[:2], [3, 7])))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 4
-    for result in results:
-        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+    def merge() -> None:
+        results.append(nuslerp(tensors, WEIGHTS[3], **options))
+
+    workers = [threading.Thread(target=merge) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [result.equal(expected) for result in results] == [True] * 8
 
 
-def test_threads_that_the_system_refuses(weights, monkeypatch):
-    """Those that have started must not wait for the others, even after the end."""
-    start, started = threading.Thread.start, []
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=clean_environment(),
+    )
 
-    def refuse(thread):
-        if thread.name.startswith("nuslerp") and started:
-            raise RuntimeError("can't start new thread")
-        started.append(thread)
-        start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        nuslerp(weights[:2], [1, 1])
-    assert torch.get_num_threads() == 3
-    (thread,) = started
-    thread.join(timeout=30)
-    assert not thread.is_alive()
+def test_another_python_thread_runs_during_a_merge():
+    """The interpreter's lock is released: a counter goes on counting."""
+    a = torch.ones(2**23)
+    ticks, done = [0], threading.Event()
+
+    def count() -> None:
+        while not done.is_set():
+            ticks[0] += 1
+
+    counter = threading.Thread(target=count)
+    with threads(1):
+        counter.start()
+        before = ticks[0]
+        nuslerp([a, a, a, a], [1, 1, 1, 1])
+        during = ticks[0] - before
+        done.set()
+        counter.join()
+    assert during > 1000
+
+
+FORK = """
+import os, torch
+from mergekit_nuslerp import nuslerp, passes
+torch.set_num_threads(3)
+a, b = torch.randn(2, 1200, 1100).bfloat16()
+names = ("tensor", "row", "column")
+expected = [nuslerp([a, b], [0.3, 0.7], granularity=name) for name in names]
+assert passes.choose([a, b]) is passes.native
+child = os.fork()
+if not child:
+    merged = [nuslerp([a, b], [0.3, 0.7], granularity=name) for name in names]
+    os._exit(not all(x.equal(y) for x, y in zip(merged, expected)))
+print("child", os.waitpid(child, 0)[1])
+assert nuslerp([a, b], [0.3, 0.7]).equal(expected[0])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_merges():
+    finished = run(FORK)
+    assert "child 0" in finished.stdout, finished.stderr
+
+
+# Signals itself a tenth into the second merge, and says how long the first took.
+INTERRUPTED = """
+import os, signal, sys, threading, time, torch
+from mergekit_nuslerp import nuslerp
+a = torch.ones(2**27, dtype=torch.bfloat16)
+before = torch.get_num_threads()
+start = time.monotonic()
+nuslerp([a] * 8, [1] * 8)
+whole = time.monotonic() - start
+threading.Timer(whole / 10, os.kill, (os.getpid(), signal.SIGINT)).start()
+start = time.monotonic()
+try:
+    nuslerp([a] * 8, [1] * 8)
+    print("not interrupted")
+except KeyboardInterrupt:
+    print("share", (time.monotonic() - start) / whole)
+assert torch.get_num_threads() == before
+small = a[:2**20].view(1024, 1024)
+assert nuslerp([small] * 3, [1] * 3, granularity="row").equal(small)
+print("merged")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_ctrl_c_ends_a_large_merge_long_before_its_end():
+    finished = run(INTERRUPTED)
+    lines = finished.stdout.split()
+    assert lines[0] == "share", finished
+    assert float(lines[1]) < 0.6
+    assert lines[2] == "merged"

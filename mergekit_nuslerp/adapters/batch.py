@@ -29,10 +29,10 @@ from mergekit.merge_methods.batching import prepare_batches
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from pydantic import ValidationError
 
-from mergekit_nuslerp import _hook, parameters
+from mergekit_nuslerp import parameters
 from mergekit_nuslerp.adapters import planning
-from mergekit_nuslerp.kernel import Merged, NonFiniteError, merge_batch
-from mergekit_nuslerp.parameters import DEFAULTS, nonfinite, warn_of_linear
+from mergekit_nuslerp.kernel import Merged, NonFiniteError, RangeError, merge_batch
+from mergekit_nuslerp.parameters import DEFAULTS, named, warn_of_linear
 from mergekit_nuslerp.plugin import announce_merge, try_merge
 
 # Whether a slice of one model is that model.
@@ -87,7 +87,6 @@ def _merge(batch: TensorBatch, *, weight: torch.Tensor, **shared: Any) -> Merged
         granularity=parameters.choose_granularity(shared),
         magnitude=shared["nuslerp_magnitude"],
         lambda_=shared["lambda"],
-        compiled=_hook.compiled(),
     )
 
 
@@ -170,22 +169,33 @@ class NuslerpMethod(BatchedMergeMethod):
             kwargs["weight"] = torch.tensor(weights, dtype=torch.float64)
             try:
                 merged = _merge(tensors, **kwargs)
-            except NonFiniteError as error:
+            except (NonFiniteError, RangeError) as error:
                 group = groups[batch.indices[error.output]]
-                is_base = error.model is None
-                entry = group.base if is_base else group.non_base[error.model]
-                message = nonfinite(group.metadata.name, entry.id, is_base=is_base)
-                raise ValueError(message) from None
-            for index, count in zip(batch.indices, merged.linear.tolist()):
+                models = [entry.id for entry in group.non_base]
+                base = None if group.base is None else group.base.id
+                raise named(error, group.metadata.name, models, base) from None
+            for index, count, result in zip(
+                batch.indices, merged.linear.tolist(), merged.result.unbind(0)
+            ):
                 name = groups[index].metadata.name
                 warn_of_linear(count, merged.vectors, name)
-            result = merged.result
-            if out_dtype is not None:
-                result = result.to(dtype=out_dtype)
-            indices = (others[index] for index in batch.indices)
-            results.update(zip(indices, result.unbind(0)))
+                if out_dtype is not None:
+                    result = _converted(result, out_dtype, name)
+                results[others[index]] = result
             del tensors, kwargs, merged, result
         return tuple(results[index] for index in range(len(results)))
+
+
+def _converted(
+    result: torch.Tensor, dtype: torch.dtype, tensor: str | None
+) -> torch.Tensor:
+    """A finite result in another dtype, if that can hold it."""
+    if result.numel():
+        ends = torch.stack(result.detach().aminmax()).to(dtype)
+        if not ends.to(torch.float64).isfinite().all():
+            reason = f"the result is too large for {dtype}"
+            raise parameters.out_of_range(tensor, reason)
+    return result.to(dtype)
 
 
 def _check_group(group: TensorGroup, bound: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ from mergekit.merge_methods.base import (
 )
 from mergekit.merge_methods.rectify_embed import rectify_embed_sizes
 
-from mergekit_nuslerp import _hook, parameters
+from mergekit_nuslerp import parameters
 from mergekit_nuslerp.adapters import planning
-from mergekit_nuslerp.kernel import NonFiniteError, merge_batch
+from mergekit_nuslerp.kernel import NonFiniteError, RangeError, merge_batch
 from mergekit_nuslerp.parameters import WORDS, check_models, warn_of_linear
 from mergekit_nuslerp.plugin import announce_merge, try_merge
 
@@ -84,13 +84,9 @@ class NuslerpTask(Task[torch.Tensor]):
                 base=None if base is None else base.unsqueeze(0),
                 granularity=plan.granularity,
                 lambda_=plan.lambda_,
-                compiled=_hook.compiled(),
             )
-        except NonFiniteError as error:
-            model = models[-1 if error.model is None else error.model]
-            is_base = model == self.base_model
-            message = parameters.nonfinite(name, model, is_base=is_base)
-            raise ValueError(message) from None
+        except (NonFiniteError, RangeError) as error:
+            raise parameters.named(error, name, models, self.base_model) from None
         warn_of_linear(int(merged.linear), merged.vectors, name)
         return merged.result.squeeze(0)
 

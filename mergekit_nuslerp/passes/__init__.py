@@ -1,0 +1,33 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""What a device does with large tensors: two functions each, and which of them serves.
+
+A pass is a module with `gram` and `combine`, as in `portable`, the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+import mergekit_nuslerp
+from mergekit_nuslerp.passes import native, portable
+
+
+def choose(inputs: Sequence[torch.Tensor]) -> ModuleType:
+    """The pass that serves these inputs, of the models and the base."""
+    if mergekit_nuslerp.portable() or portable.is_recorded(inputs):
+        return portable
+    return native if native.serves(inputs) else portable
+
+
+def description() -> str:
+    """Which pass serves contiguous tensors on the CPU, and why."""
+    if mergekit_nuslerp.portable():
+        return f"portable pass (PyTorch), as {mergekit_nuslerp.SWITCH}=portable says"
+    if native.FAILURE:
+        return f"portable pass (PyTorch), since {native.FAILURE}"
+    return "native pass (C++)"
