@@ -10,9 +10,12 @@ N x N matrix a vector, however long the vectors are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 Magnitude = Literal["slerp", "linear", "geometric"]
@@ -151,8 +154,9 @@ def _slerp(
     cosine = torch.where(linear, 0, cosine)
     # A product, since 1 - cosine^2 would lose the sine's digits near both ends.
     sine = ((1 - cosine) * (1 + cosine)).sqrt()
-    theta = torch.atan2(sine, cosine).unsqueeze(-1)
-    spherical = torch.sin(weights * theta) / sine.unsqueeze(-1)
+    turns = weights * torch.atan2(sine, cosine).unsqueeze(-1) / math.pi
+    # sin(w theta), by functions that PyTorch works out in one thread.
+    spherical = math.pi * turns * torch.sinc(turns) / sine.unsqueeze(-1)
     return torch.where(linear.unsqueeze(-1), weights, spherical), unique
 
 
@@ -244,8 +248,8 @@ class _LogMaps:
         self.mean, x = mean / length, x / length
         bound = 1 - 4 * torch.finfo(x.dtype).eps
         at = x.detach().clamp(-bound, bound)
-        sine = at.acos().sin()
-        ratio = at.acos() / sine
+        sine = ((1 - at) * (1 + at)).sqrt()
+        ratio = torch.atan2(sine, at) / sine
         # The derivative of -ratio. Autograd's own would lose its digits near x = 1.
         self.slope = (1 - at * ratio) / sine.square()
         if x.requires_grad:
@@ -270,6 +274,11 @@ class _LogMaps:
             along = _product(curvature.mT, self.x).unsqueeze(-2)
             hessian = curvature - self.mean.unsqueeze(-1) * along
             hessian.diagonal(dim1=-2, dim2=-1).add_(smallest)
+        if self.total.device.type == "cpu" and not self.total.requires_grad:
+            # PyTorch's waits for threads, which takes long where a machine is busy.
+            with suppress(np.linalg.LinAlgError):
+                step = np.linalg.solve(hessian.numpy(), self.total.numpy()[..., None])
+                return torch.from_numpy(step[..., 0])
         return torch.linalg.solve_ex(hessian, self.total)[0]
 
 

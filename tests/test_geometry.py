@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from cases import all_magnitudes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from mergekit_nuslerp.geometry import Magnitude, mean_coefficients, normalize_we
 
 EPS = torch.finfo(torch.float64).eps
 ANGLES = [1e-6, 0.1, 1.0, math.pi / 2, 2.0, 3.0, math.pi - 1e-3]
-MAGNITUDES = ["slerp", "linear", "geometric"]
 FRACTIONS = [0.0, 0.25, 0.5, 0.7, 1.0, 2.0, -1.0]
 
 quickly = settings(deadline=None, max_examples=100)
@@ -36,19 +36,17 @@ def weights_of(t: float) -> torch.Tensor:
 def solve(
     gram: torch.Tensor,
     weights: torch.Tensor,
-    tolerance: float = EPS,
+    tolerance: float = 0.0,
     magnitude: Magnitude = "slerp",
 ) -> torch.Tensor:
-    found, _ = mean_coefficients(
-        gram, weights, magnitude=magnitude, antipodal_tolerance=tolerance
-    )
-    return found
+    options = {"magnitude": magnitude, "antipodal_tolerance": tolerance}
+    return mean_coefficients(gram, weights, **options)[0]
 
 
 def coefficients(
     gram: torch.Tensor,
     t: float,
-    tolerance: float = EPS,
+    tolerance: float = 0.0,
     magnitude: Magnitude = "slerp",
 ) -> torch.Tensor:
     return solve(gram, weights_of(t), tolerance, magnitude)
@@ -112,36 +110,6 @@ def test_a_cosine_near_minus_one_is_not_rounded_any_further(gap, t):
     torch.testing.assert_close(c, expected, rtol=1e-13, atol=1e-9)
 
 
-@pytest.mark.parametrize("theta", [0.0, *ANGLES, math.pi])
-@pytest.mark.parametrize("t", FRACTIONS)
-def test_symmetric(theta, t):
-    gram = gram_of(math.cos(theta), (2.0, 3.0))
-    c = coefficients(gram, t)
-    flipped = solve(gram.flip((0, 1)), weights_of(t).flip(0))
-    torch.testing.assert_close(flipped.flip(0), c, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("theta", [0.0, *ANGLES, math.pi])
-def test_endpoints(theta):
-    gram = gram_of(math.cos(theta), (2.0, 3.0))
-    torch.testing.assert_close(coefficients(gram, 0.0), weights_of(0.0))
-    torch.testing.assert_close(coefficients(gram, 1.0), weights_of(1.0))
-
-
-@pytest.mark.parametrize("lengths", [(1.0, 4.0), (1e-60, 1e60), (1e-100, 1e-100)])
-def test_lengths_do_not_turn_the_angle(lengths):
-    expected = coefficients(gram_of(0.3), 0.7)
-    torch.testing.assert_close(coefficients(gram_of(0.3, lengths), 0.7), expected)
-
-
-@pytest.mark.parametrize("t", FRACTIONS)
-@pytest.mark.parametrize("lengths", [(1.0, 1.0), (2.0, 0.5), (3.0, 0.1)])
-def test_parallel_and_antipodal_vectors_are_interpolated_linearly(t, lengths):
-    for cosine in (1.0, -1.0):
-        c = coefficients(gram_of(cosine, lengths), t)
-        torch.testing.assert_close(c, weights_of(t), rtol=1e-14, atol=1e-14)
-
-
 def test_parallel_is_the_limit_of_the_formula():
     for theta in (1e-1, 1e-2, 1e-3, 1e-5):
         gap = coefficients(gram_of(math.cos(theta)), 0.3) - weights_of(0.3)
@@ -149,11 +117,12 @@ def test_parallel_is_the_limit_of_the_formula():
         assert gap.abs().max() <= theta**2 / 6 + 4 * EPS
 
 
-@pytest.mark.parametrize("tolerance", [2.0**-7, 2.0**-10, 2.0**-23])
+@pytest.mark.parametrize("tolerance", [2.0**-7, 2.0**-10, 2.0**-23, 0.0])
 def test_the_tolerance_separates_antipodal_from_wide(tolerance):
     linear = weights_of(0.3)
-    within = coefficients(gram_of(-1 + 0.999 * tolerance), 0.3, tolerance)
-    beyond = coefficients(gram_of(-1 + 1.001 * tolerance), 0.3, tolerance)
+    bound = max(tolerance, 32 * EPS)
+    within = coefficients(gram_of(-1 + 0.9 * bound), 0.3, tolerance)
+    beyond = coefficients(gram_of(-1 + 1.1 * bound), 0.3, tolerance)
     torch.testing.assert_close(within, linear, rtol=0, atol=0)
     assert (beyond > 2 * linear).all()  # 1 / sin(theta) has grown large by then
 
@@ -165,19 +134,6 @@ def test_a_zero_vector_counts_as_orthogonal(t, lengths):
     torch.testing.assert_close(c, coefficients(gram_of(0.0), t), rtol=0, atol=0)
     quarter = torch.sin(weights_of(t) * math.pi / 2)
     torch.testing.assert_close(c, quarter)
-
-
-def test_each_vector_of_a_batch_is_on_its_own():
-    grams = torch.stack(
-        [gram_of(c, ab) for c in (1.0, 0.4, -1.0) for ab in ((1.0, 2.0), (0.0, 1.0))]
-    )
-    weights = torch.stack([weights_of(t) for t in (0.1, 0.3, 0.5, 0.7, 1.5, -2.0)])
-    together = solve(grams, weights)
-    for gram, weight, c in zip(grams, weights, together):
-        alone = solve(gram, weight)
-        torch.testing.assert_close(c, alone, rtol=1e-15, atol=1e-15)
-    broadcast = solve(grams, weights[0])
-    assert broadcast.shape == (6, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -204,7 +160,7 @@ def test_keeps_the_dtype_of_the_gram_matrix(dtype):
     ids=["parallel", "antipodal", "zero-0", "zero-1", "zeros", "close", "ordinary"],
 )
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, -1.0])
-@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@all_magnitudes
 def test_derivatives_are_finite(gram, t, magnitude):
     gram = gram.clone().requires_grad_()
     weights = weights_of(t).requires_grad_()
@@ -213,13 +169,7 @@ def test_derivatives_are_finite(gram, t, magnitude):
     assert weights.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("magnitude", ["", "Linear", "l2", None])
-def test_an_unknown_magnitude_is_refused(magnitude):
-    with pytest.raises(ValueError, match=r"slerp.*linear.*geometric"):
-        coefficients(gram_of(0.4), 0.3, magnitude=magnitude)
-
-
-def unique(cosine: float, weights: list[float], tolerance: float = EPS) -> bool:
+def unique(cosine: float, weights: list[float], tolerance: float = 0.0) -> bool:
     _, found = mean_coefficients(
         gram_of(cosine, (2.0, 3.0)),
         torch.tensor(weights, dtype=torch.float64),
@@ -268,31 +218,6 @@ def test_lengths_are_interpolated_and_directions_as_between_unit_vectors(
         assert length_of(gram, c) == pytest.approx(length, abs=tolerance)
 
 
-@pytest.mark.parametrize("magnitude", MAGNITUDES)
-@pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
-def test_vectors_of_one_length_keep_it(magnitude, t):
-    gram = gram_of(0.3, (2.0, 2.0))
-    c = coefficients(gram, t, magnitude=magnitude)
-    assert length_of(gram, c) == pytest.approx(2.0, rel=1e-14)
-
-
-@pytest.mark.parametrize("magnitude", ["linear", "geometric"])
-@pytest.mark.parametrize("theta", [0.1, 1.0, 3.0])
-def test_half_way_is_half_the_angle_whatever_the_lengths(magnitude, theta):
-    gram = gram_of(math.cos(theta), (1.0, 4.0))
-    c = coefficients(gram, 0.5, magnitude=magnitude)
-    cosine = (gram @ c)[0].item() / length_of(gram, c)
-    assert math.acos(cosine) == pytest.approx(theta / 2, rel=1e-11)
-
-
-def test_by_the_formula_the_longer_vector_turns_the_result_further():
-    """What the other two are for: 84 % of a right angle instead of half of it."""
-    gram = gram_of(0.0, (1.0, 4.0))
-    c = coefficients(gram, 0.5)
-    turned = math.acos((gram @ c)[0].item() / length_of(gram, c))
-    assert turned == pytest.approx(math.atan(4), rel=1e-12)
-
-
 @pytest.mark.parametrize("gap", [2.0**-10, 2.0**-20, 2.0**-30])
 def test_linear_is_never_longer_than_its_inputs(gap):
     gram = gram_of(-1 + gap, (1.0, 1.5))
@@ -302,27 +227,6 @@ def test_linear_is_never_longer_than_its_inputs(gap):
         assert length == pytest.approx(1 + 0.5 * t, abs=16 * EPS / gap)
         assert length < 1.5
     assert length_of(gram, coefficients(gram, 0.5)) > 1.5  # by mergekit's rule
-
-
-@pytest.mark.parametrize("t", [0.0, 0.25, 1.0, 1.5])
-def test_beside_a_zero_vector_the_length_that_is_left(t):
-    gram = gram_of(0.0, (0.0, 3.0))
-    expected = {
-        "slerp": math.sin(t * math.pi / 2),
-        "linear": t,
-        "geometric": float(t == 1),
-    }
-    for magnitude, share in expected.items():
-        c = coefficients(gram, t, magnitude=magnitude)
-        assert c[1].item() == pytest.approx(share, abs=1e-15)
-        assert c.isfinite().all()
-
-
-@pytest.mark.parametrize("magnitude", MAGNITUDES)
-def test_antipodal_vectors_are_linear_whatever_the_length(magnitude):
-    gram = gram_of(-1.0, (1.0, 3.0))
-    c = coefficients(gram, 0.3, magnitude=magnitude)
-    torch.testing.assert_close(c, weights_of(0.3), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("lengths", [(1e-60, 1e60), (1e-150, 1e-150), (1e140, 1e140)])

@@ -35,7 +35,7 @@ def native_pass() -> None:
 @pytest.fixture(scope="module")
 def large() -> tuple[list[torch.Tensor], torch.Tensor]:
     """Three models and a base of 2^20 elements and some more."""
-    tensors, base = models(9, 117, 1028, count=3, dtype=torch.bfloat16)
+    tensors, base = models(96, 96, 120, count=3, dtype=torch.bfloat16)
     return tensors, base
 
 
@@ -46,8 +46,6 @@ def test_any_number_of_threads_gives_the_same_bytes(
     large, granularity, count, with_base
 ):
     tensors, base = large[0][:count], large[1] if with_base else None
-    if granularity == "row:4":
-        granularity = "row:3"
     options = {"base": base, "granularity": granularity}
     merges, grams = [], []
     for number in (1, 2, 3, 7, 7, 1):
@@ -84,7 +82,7 @@ def test_several_threads_take_part_and_end(large, granularity):
             counts.append(len(os.listdir(TASKS)))
 
     with threads(3):
-        nuslerp([torch.ones(2, 2)] * 2, [1, 1])
+        tensors[0].float().exp()  # PyTorch's own threads, which stay
         before = len(os.listdir(TASKS)) + 1
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -94,7 +92,9 @@ def test_several_threads_take_part_and_end(large, granularity):
         done.set()
         watcher.join()
     assert max(counts) == before + 2
-    assert len(os.listdir(TASKS)) == before - 1
+    while len(os.listdir(TASKS)) >= before and time.monotonic() < deadline + 9:
+        time.sleep(0.01)  # the system takes a moment to forget them
+    assert len(os.listdir(TASKS)) < before
 
 
 def threads_of_a_new_thread() -> int:
@@ -123,8 +123,6 @@ def test_the_number_of_threads_stays_as_it_was(large, setting, monkeypatch):
 @any_granularity
 def test_eight_python_threads_at_once_agree_with_one(large, granularity):
     """As mergekit's executor for several GPUs runs its tasks."""
-    if granularity == "row:4":
-        granularity = "row:3"
     tensors, base = large
     options = {"base": base, "granularity": granularity}
     expected = nuslerp(tensors, WEIGHTS[3], **options)
@@ -172,7 +170,7 @@ def test_another_python_thread_runs_during_a_merge():
 
 
 FORK = """
-import os, torch
+import os, signal, torch
 from mergekit_nuslerp import nuslerp, passes
 torch.set_num_threads(3)
 a, b = torch.randn(2, 1200, 1100).bfloat16()
@@ -181,7 +179,9 @@ expected = [nuslerp([a, b], [0.3, 0.7], granularity=name) for name in names]
 assert passes.choose([a, b]) is passes.native
 child = os.fork()
 if not child:
+    signal.alarm(20)
     merged = [nuslerp([a, b], [0.3, 0.7], granularity=name) for name in names]
+    torch.set_num_threads(1)  # OpenMP does not outlive a fork
     os._exit(not all(x.equal(y) for x, y in zip(merged, expected)))
 print("child", os.waitpid(child, 0)[1])
 assert nuslerp([a, b], [0.3, 0.7]).equal(expected[0])
