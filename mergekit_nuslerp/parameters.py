@@ -138,17 +138,7 @@ def _adapter(name: str) -> TypeAdapter:
 def validate(
     name: str, value: Any, *, model: Hashable | None = None, where: str = ""
 ) -> Any:
-    """Check and convert one parameter's value.
-
-    Args:
-        name: of the parameter.
-        value: as the configuration gives it; None if it gives none.
-        model: the model it belongs to, for the message.
-        where: the weights it was resolved for, for the message.
-
-    Raises:
-        ConfigError: naming the parameter, model and weight, and what to write instead.
-    """
+    """Check and convert one parameter's value, None if the config gives none."""
     try:
         return _adapter(name).validate_python(value)
     except ValidationError:
@@ -163,22 +153,17 @@ def unfit(
     where: str = "",
     only_numbers: bool = False,
 ) -> ConfigError:
-    """The error about a value that a parameter cannot have.
+    """The error about a value that a parameter, which may not exist, cannot have.
 
     Args:
-        name: of the parameter, which may be one that does not exist.
-        value: as the configuration gives it; None if it gives none.
-        model: the model it belongs to.
-        where: the weights it is for.
         only_numbers: whether mergekit takes no words for parameters.
     """
     owner = "" if model is None else f" of model {model}"
     given = "is missing" if value is None else f"is {brief(value)}"
     subject = f"nuslerp: parameter {name!r}{owner}{where}"
     if name not in FIELDS:
-        unknown = _unknown(name)
         if name.startswith(PREFIX):
-            return unknown
+            return _unknown(name)
         return ConfigError(
             f"{subject} {given}, which is no value for a parameter, and nuslerp does "
             f"not read it. Remove it.{_hint(name)}"
@@ -194,14 +179,14 @@ def unfit(
     if value is None:
         remedy = " End a list of filters with an entry for all, `- value: 0.5`."
     elif isinstance(value, (list, dict)):
-        remedy = f" In a list of filters each needs one: {_FILTER}."
+        remedy = (
+            " In a list of filters each needs one: `- {filter: mlp, value: ...}`, and "
+            "for all others `- value: ...`."
+        )
     return ConfigError(
         f"{subject} {given}, but must be {FIELDS[name].description}. Write, say, "
         f"{_example(name)}.{remedy}"
     )
-
-
-_FILTER = "`- {filter: mlp, value: ...}`, and for all others `- value: ...`"
 
 
 def _example(name: str) -> str:
@@ -212,15 +197,7 @@ def _example(name: str) -> str:
 
 
 def choose_granularity(shared: Mapping[str, Any], *, where: str = "") -> str:
-    """The granularity that three parameters ask for together.
-
-    Args:
-        shared: values of `Shared`, those that are missing or None not given.
-        where: the weights they were resolved for, for the message.
-
-    Raises:
-        ConfigError: parameters that contradict each other.
-    """
+    """The granularity that three parameters, as far as given, ask for together."""
     flatten = shared.get("nuslerp_flatten")
     row_wise = shared.get("nuslerp_row_wise")
     named = shared.get("nuslerp_granularity")
@@ -265,13 +242,10 @@ def resolve(
     """Check and convert the parameters of one weight.
 
     Args:
-        shared: values of `Shared` under the names that users write, not yet checked.
+        shared: values of `Shared`, not yet checked.
         weights: each model but the base and its weight, None where there is none.
         has_base: whether task vectors are merged.
         tensor: the weight's name, for messages.
-
-    Raises:
-        ConfigError: naming the parameter, model and weight, and what to write instead.
     """
     given, weights = tuple(shared.items()), list(weights)
     numbers = tuple(weight for _, weight in weights)
@@ -319,11 +293,7 @@ def _resolve(
 
 
 def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
-    """Refuse a granularity whose blocks do not divide a weight.
-
-    Raises:
-        ConfigError: naming the weight, and what to write instead.
-    """
+    """Refuse a granularity whose blocks do not divide a weight."""
     try:
         granularity.vector_view((1, *shape), chosen)
     except ValueError as error:
@@ -337,16 +307,7 @@ def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
 
 
 def check_name(name: str, *, of_model: bool) -> None:
-    """Refuse a parameter in `parameters` that is new and not read, or warn of it.
-
-    Args:
-        name: of the parameter.
-        of_model: whether it stands under a model.
-
-    Raises:
-        ConfigError: one that begins with `nuslerp_` and does not exist, or a new one
-            under a model.
-    """
+    """Refuse a parameter in `parameters` that is new and not read, or warn of it."""
     if of_model and name in Shared.model_fields:
         check_place(name, "under a model, as it is the same for all")
     elif name.startswith(PREFIX) and name not in FIELDS:
@@ -359,9 +320,6 @@ def check_place(name: str, place: str = "outside of `parameters`") -> None:
     """Refuse a parameter in a place where it has no effect, or warn of an old one.
 
     mergekit lets its own stand there, and configs may have them.
-
-    Raises:
-        ConfigError: naming the parameter, and what to write instead.
     """
     if name not in FIELDS and not name.startswith(PREFIX):
         return warn_of_no_effect(name, f"{place}.{_hint(name)}")
@@ -408,22 +366,20 @@ def check_models(
 
     Args:
         models: all inputs, the base among them if there is one.
-        base: the base model, None if there is none.
         place: the part of the config concerned, for the message.
         tensor: the tensor that the models were found to have, while merging.
-
-    Raises:
-        ConfigError: naming the models found, and what to write instead.
     """
     where = f" for tensor {tensor}" if tensor else f" in {place}" if place else ""
     others = [str(model) for model in models if model != base]
     listed = f" ({', '.join(others)})" if others else ""
+    same = (
+        "Use models with the same tensors, or `mergekit-pytorch --tensor-intersection`."
+    )
     if base is not None and base not in models:
         if tensor:
             remedy = (
                 f"The base model {base} does not have it, so there is no task vector. "
-                "Use models with the same tensors, or `mergekit-pytorch "
-                "--tensor-intersection`."
+                f"{same}"
             )
         else:
             remedy = (
@@ -434,10 +390,7 @@ def check_models(
     if len(others) >= MIN_MODELS:
         return
     if tensor:
-        remedy = (
-            "The others do not have it. Use models with the same tensors, or "
-            "`mergekit-pytorch --tensor-intersection`."
-        )
+        remedy = f"The others do not have it. {same}"
     elif base is not None and len(models) == MIN_MODELS:
         remedy = (
             f"Besides the base model {base} there is only {others[0]}. To merge task "

@@ -25,14 +25,7 @@ _PACKAGE = f"{mergekit_nuslerp.__name__}.adapters"
 
 
 def install(registry: ModuleType) -> None:
-    """Replace mergekit's own `nuslerp` in its registry. Harmless when repeated.
-
-    Args:
-        registry: the module `mergekit.merge_methods.registry`, executed.
-
-    Raises:
-        ImportError: a mergekit with none of the interfaces that are known.
-    """
+    """Replace mergekit's own `nuslerp` in its registry. Harmless when repeated."""
     attribute = _interface(registry)
     methods: dict[str, Any] = getattr(registry, attribute)
     if not type(methods.get("nuslerp")).__module__.startswith(_PACKAGE):
@@ -77,9 +70,6 @@ def try_merge() -> None:
     """Once in a process, merge two tiny tensors in mergekit's way, and see what comes.
 
     What looks like an interface that is known may be another one.
-
-    Raises:
-        RuntimeError: the merge fails, or its result is wrong.
     """
     global _tried, _trying
     if _tried or _trying:
@@ -120,8 +110,7 @@ def announce() -> None:
     # mergekit lets no logger show what is below a warning, which this is not. But which
     # code made a model must be seen, so it goes to the handlers at once.
     if LOG.isEnabledFor(logging.WARNING):
-        LOG.handle(
-            LOG.makeRecord(LOG.name, logging.INFO, __file__, 0, message, (), None)
-        )
+        record = LOG.makeRecord(LOG.name, logging.INFO, __file__, 0, message, (), None)
+        LOG.handle(record)
     if misspelt():
         LOG.warning("mergekit-nuslerp: %s", misspelt())

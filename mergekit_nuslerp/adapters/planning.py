@@ -82,11 +82,8 @@ def attach() -> None:
         if own is not None and not hasattr(own, "mergekit_nuslerp"):
             wrapper = wrap(getattr(own, "__func__", own))
             wrapper.mergekit_nuslerp = True  # type: ignore[attr-defined]
-            setattr(
-                owner,
-                attribute,
-                wrapper if own is vars(owner).get(attribute) else classmethod(wrapper),
-            )
+            is_plain = own is vars(owner).get(attribute)
+            setattr(owner, attribute, wrapper if is_plain else classmethod(wrapper))
 
 
 # --- A config as it is written -----------------------------------------------------
@@ -116,14 +113,7 @@ def _checked_config(validate: Callable[..., Any]) -> Callable[..., Any]:
 def check_written(config: Mapping[str, Any]) -> None:
     """Refuse parameters outside of `parameters` that are new, and warn of others.
 
-    mergekit drops them before a merge method sees the config.
-
-    Args:
-        config: of a merge by `nuslerp`, as YAML has it: what is repeated by an alias is
-            one object, and visited once.
-
-    Raises:
-        ConfigError: naming the parameter, and what to write instead.
+    What YAML repeats by an alias is one object, and visited once.
     """
     in_place: set[int] = set()
     outside: dict[int, str] = {}
@@ -182,7 +172,8 @@ def _misfit(config: Mapping[str, Any], place: Sequence[Any]) -> ConfigError:
             node, path = node[key], f"{path}.{key}" if path else str(key)
             if is_parameter:
                 numbers = not _takes_words()
-                where = "" if owner is None else f", in {_parent(path)}"
+                place = path.rpartition(".parameters")[0]
+                where = "" if owner is None else f", in {place}"
                 return parameters.unfit(
                     str(key), node, model=owner, where=where, only_numbers=numbers
                 )
@@ -194,10 +185,6 @@ def _misfit(config: Mapping[str, Any], place: Sequence[Any]) -> ConfigError:
     last = re.sub(r"\[\d+\]$", "", path).rpartition(".")[2]
     form = _FORMS.get(last, "as mergekit's documentation says")
     return ConfigError(f"config: `{path}` {given}, but must be {form}.")
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".parameters")[0]
 
 
 @lru_cache
@@ -265,10 +252,6 @@ def check_config(
         planner: mergekit's, of a merge by `nuslerp`, before it plans.
         parts: of its config.
         models: that are in it.
-
-    Raises:
-        ConfigError: a parameter that does not exist or has no effect or no fit value; a
-            model listed twice; too few models; a checkpoint that cannot be merged.
     """
     config = planner.config
     modules = planner.arch_info.modules
@@ -290,9 +273,8 @@ def check_config(
         parameters.warn_of_no_effect(
             "nuslerp_row_wise", "without `nuslerp_flatten: false`. Write both."
         )
-    real: dict[str, str] = {}
     for place, inputs, base in _inputs(config):
-        _check_inputs(place, inputs, base, real)
+        _check_inputs(place, inputs, base)
     for part in parts:
         if part.get("slices"):
             _check_slices(part["slices"])
@@ -318,17 +300,8 @@ def _check_dtype(field: str, name: str | None) -> None:
         )
 
 
-def _check_inputs(
-    place: str, inputs: Sequence[Any], base: Any, real: dict[str, str]
-) -> None:
-    """Check the models of a slice or module.
-
-    Args:
-        place: where they are listed.
-        inputs: the entries.
-        base: the base model, if any.
-        real: remembers where paths lead.
-    """
+def _check_inputs(place: str, inputs: Sequence[Any], base: Any) -> None:
+    """Check the models of a slice or module."""
     models = [entry.model for entry in inputs]
     spelt = list(map(_spelling, models))
     of_base = None if base is None else _spelling(base)
@@ -346,7 +319,7 @@ def _check_inputs(
     first: dict[Any, Any] = {}
     for spelling, model in listed.items():
         path, revision, lora, *more = spelling
-        key = (_real(path, real), revision, lora and _real(lora, real), *more)
+        key = (_real(path), revision, _real(lora), *more)
         other = first.setdefault(key, model)
         if other is not model:
             raise ConfigError(
@@ -377,11 +350,9 @@ def _spelling(model: ModelReference) -> tuple[str | None, ...]:
     return path.path, path.revision, *names, model.override_architecture
 
 
-def _real(path: str | None, real: dict[str, str]) -> str | None:
+def _real(path: str | None) -> str | None:
     """Where a path leads, or a name on the hub as it is."""
-    if path is not None and path not in real:
-        real[path] = os.path.realpath(path) if os.path.exists(path) else path
-    return None if path is None else real[path]
+    return os.path.realpath(path) if path and os.path.exists(path) else path
 
 
 def parts_of(node: Any) -> Iterator[dict[str, Any]]:
@@ -493,11 +464,7 @@ def left_out(planner: Any) -> list[str]:
 
 
 def _check_tensor(asked: Asked) -> parameters.Values:
-    """Check the parameters of one weight before it is read.
-
-    Raises:
-        ConfigError: naming the weight, and what to write instead.
-    """
+    """Check the parameters of one weight before it is read."""
     name, has_base = asked.info.name, asked.base is not None
     values = parameters.resolve(
         asked.shared, asked.weights, has_base=has_base, tensor=name
@@ -510,24 +477,15 @@ def _check_tensor(asked: Asked) -> parameters.Values:
 
 
 def planned(asked: Asked) -> Planned:
-    """How one tensor is to be merged.
-
-    Raises:
-        ConfigError: parameters by which it cannot be.
-    """
+    """How one tensor is to be merged."""
     values = _check_tensor(asked)
     # mergekit's mappings of parameters do not keep the models' order.
     weights = {model: value for (model, _), value in zip(asked.weights, values.weights)}
+    in_order = [model for model in sources(asked.tensors) if model in weights]
     return Planned(
         name=asked.info.name,
         tensors=asked.tensors,
-        weights=ImmutableMap(
-            {
-                model: weights[model]
-                for model in sources(asked.tensors)
-                if model in weights
-            }
-        ),
+        weights=ImmutableMap({model: weights[model] for model in in_order}),
         base=asked.base,
         granularity=values.granularity,
         magnitude=values.magnitude,
@@ -583,11 +541,7 @@ _SCALES = re.compile(
 
 
 def shards(model: ModelReference) -> Iterator[tuple[str, Sequence[str]]]:
-    """The safetensors files of a model, and what its index says is in them.
-
-    Raises:
-        ConfigError: one that lies outside of the model's folder.
-    """
+    """The safetensors files of a model, and what its index says is in them."""
     index = LoaderCache().get(model).index
     for shard in index.shards if index.is_safetensors else ():
         file = os.path.normpath(shard.filename)
@@ -614,7 +568,6 @@ def _check_checkpoint(model: ModelReference) -> None:
         for name, (dtype, _) in _header(path).items():
             if dtype.startswith("F8"):
                 sign = f"{name} in float8"
-                break
     if sign:
         raise ConfigError(
             f"nuslerp: model {model} is quantised: it has {sign}. Its codes cannot be "
@@ -652,12 +605,7 @@ def integers_differ(tensor: str) -> str:
 def stored_shape(tensors: Any) -> tuple[int, ...] | None:
     """The shape of a weight that is still to be read, from its file's header.
 
-    Args:
-        tensors: mergekit's task that gathers it.
-
-    Returns:
-        The shape, or None where it is not to be had: with a tokenizer that changes
-        embeddings, or without safetensors.
+    None with a tokenizer that changes embeddings, or without safetensors.
     """
     if not isinstance(tensors, GatherTensors):
         return None
