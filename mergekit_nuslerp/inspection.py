@@ -45,7 +45,6 @@ from mergekit_nuslerp.parameters import (
     check_block,
     check_models,
     named,
-    unlike_shapes,
 )
 from mergekit_nuslerp.plugin import mergekit_version
 
@@ -299,16 +298,8 @@ class _Measure(Task[Any]):
             return Skipped(name=planned.name, reason="its numbers are not fractional")
         check_models(list(tensors), planned.base, tensor=planned.name)
         tensors = plugin.adapter().aligned(planned, tensors)
-        shapes = {model: tensors[model].shape for model in tensors}
-        shape, *others = shapes.values()
-        if any(other != shape for other in others):
-            raise ConfigError(
-                unlike_shapes(
-                    planned.name,
-                    shapes,
-                    vocabulary=planning.has_vocabulary(planned.info),
-                )
-            )
+        planning.check_shapes(planned.name, planned.info, tensors)
+        shape = next(iter(tensors.values())).shape
         check_block(planned.granularity, planned.name, shape)
         try:
             return measure(planned, tensors)

@@ -500,20 +500,5 @@ def out_of_range(tensor: str | None, reason: str) -> OverflowError:
     )
 
 
-def unlike_shapes(
-    tensor: str, shapes: Mapping[Any, Sequence[int]], *, vocabulary: bool
-) -> str:
-    """The message about a weight that has another shape in one of the models."""
-    found = ", ".join(f"{tuple(shape)} in {model}" for model, shape in shapes.items())
-    if vocabulary and len({tuple(shape[1:]) for shape in shapes.values()}) == 1:
-        remedy = (
-            "For models of different vocabularies write `tokenizer_source: union` (or "
-            "`base`)."
-        )
-    else:
-        remedy = "Models of different sizes cannot be merged: use others."
-    return f"nuslerp: tensor {tensor} differs in shape: {found}. {remedy}"
-
-
 def _called(tensor: str | None) -> str:
     return f"tensor {printable(tensor)}" if tensor else "a tensor"

@@ -76,8 +76,15 @@ def try_merge() -> None:
         return
     _trying = True
     try:
+        import torch
+        from mergekit.architecture import WeightInfo
+        from mergekit.common import ModelReference
+
+        models = [ModelReference.model_validate(name) for name in ("a", "b", "base")]
         # Half of the arc from (1, 0) to (0, 1), off the base (4, 4).
-        merged = adapter().merge_tiny((5.0, 4.0), (4.0, 5.0), (4.0, 4.0), 0.5)
+        tensors = torch.tensor([(5.0, 4.0), (4.0, 5.0), (4.0, 4.0)])
+        task = adapter().tiny(models, WeightInfo(name="tiny"), 0.5)
+        merged = task.execute(tensors=dict(zip(models, tensors))).tolist()
         reason = f"it merges to {merged}"
         half = 4 + 0.5 * sqrt(0.5)
         _tried = all(abs(number - half) < 1e-6 for number in merged)

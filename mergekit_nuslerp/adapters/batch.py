@@ -230,11 +230,9 @@ def aligned(_planned: planning.Planned, tensors: dict[Any, Any]) -> dict[Any, An
     return tensors
 
 
-def merge_tiny(first: Any, second: Any, base: Any, scale: float) -> list[float]:
-    """Merge three small tensors, with equal weights, as mergekit merges a weight."""
-    models = [ModelReference.model_validate(name) for name in ("first", "second", "0")]
-    info = WeightInfo(name="tiny")
-    task = ExecuteMergeMethodTask(
+def tiny(models: list[ModelReference], info: WeightInfo, scale: float) -> Any:
+    """What merges a weight of two models and a base, with equal weights."""
+    return ExecuteMergeMethodTask(
         method_name="nuslerp",
         gather_tensors=GatherTensors(
             weight_info=ImmutableMap(dict.fromkeys(models, info))
@@ -247,8 +245,6 @@ def merge_tiny(first: Any, second: Any, base: Any, scale: float) -> list[float]:
             {model: ImmutableMap({"weight": 1.0}) for model in models}
         ),
     )
-    tensors = [torch.tensor(numbers) for numbers in (first, second, base)]
-    return task.execute(dict(zip(models, tensors))).tolist()
 
 
 def make() -> NuslerpMethod:

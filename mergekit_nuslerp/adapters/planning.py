@@ -220,7 +220,7 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
             raise ConfigError(
                 f"nuslerp: this merge cannot be planned: {error}"
             ) from error
-        asked = [plugin.adapter().asked(task) for _, task in self._tensors]
+        asked = map(plugin.adapter().asked, (task for _, task in self._tensors))
         tensors = [entry for entry in asked if entry is not None]
         for entry in tensors:
             _check_tensor(entry)
@@ -303,51 +303,37 @@ def _check_dtype(field: str, name: str | None) -> None:
 def _check_inputs(place: str, inputs: Sequence[Any], base: Any) -> None:
     """Check the models of a slice or module."""
     models = [entry.model for entry in inputs]
-    spelt = list(map(_spelling, models))
-    of_base = None if base is None else _spelling(base)
-    listed = dict(zip(spelt, models))
-    for model, spelling in zip(models, spelt):
-        if len(listed) < len(spelt) and spelt.count(spelling) > 1:
+    for model in models:
+        if models.count(model) > 1:
             raise ConfigError(
-                f"nuslerp: model {model} is listed {spelt.count(spelling)} times among "
+                f"nuslerp: model {model} is listed {models.count(model)} times among "
                 "the same inputs, but a merge takes each model once. Remove it or "
                 "write another one; to merge layers of one model with each other, list "
                 "a copy of its folder."
             )
-    if of_base is not None:
-        listed.setdefault(of_base, base)
-    first: dict[Any, Any] = {}
-    for spelling, model in listed.items():
-        path, revision, lora, *more = spelling
-        key = (_real(path), revision, _real(lora), *more)
+    listed = list(dict.fromkeys(models if base is None else [*models, base]))
+    first: dict[Any, ModelReference] = {}
+    for model in listed:
+        path, lora = model.model, model.lora
+        adapted = lora and (_real(lora.path), lora.revision)
+        key = _real(path.path), path.revision, adapted, model.override_architecture
         other = first.setdefault(key, model)
         if other is not model:
             raise ConfigError(
                 f"nuslerp: {other} and {model} in {place} are the same model. Write it "
                 "the same way in both places, or list another one."
             )
-    is_slice = hasattr(inputs[0], "layer_range")  # mergekit adds the base elsewhere
-    count = len(spelt) if is_slice else len(listed)
-    lacks_base = of_base is not None and is_slice and of_base not in spelt
-    is_enough = count - (of_base is not None) >= parameters.MIN_MODELS
-    is_passed_on = count == 1 and plugin.adapter().PASSES_ON
-    if not is_passed_on and (lacks_base or not is_enough):
-        given = models if is_slice else list(listed.values())
+    # mergekit adds the base itself, but not to slices.
+    given = models if hasattr(inputs[0], "layer_range") else listed
+    if len(given) > 1 or not plugin.adapter().PASSES_ON:
         parameters.check_models(given, base, place=place)
-    for entry, spelling in zip(inputs, spelt):
-        if spelling == of_base and "weight" in (entry.parameters or ()):
+    for entry in inputs:
+        if entry.model == base and "weight" in (entry.parameters or ()):
             parameters.warn_of_no_effect(
                 "weight",
                 f"under the base model {base}. To stay closer to it, write a `lambda` "
                 "below 1 at the top level.",
             )
-
-
-def _spelling(model: ModelReference) -> tuple[str | None, ...]:
-    """What a model is called; to compare these is quicker than to compare models."""
-    path, lora = model.model, model.lora
-    names = (None, None) if lora is None else (lora.path, lora.revision)
-    return path.path, path.revision, *names, model.override_architecture
 
 
 def _real(path: str | None) -> str | None:
@@ -507,10 +493,22 @@ def names_of(tensor: Asked | Planned) -> set[str]:
     return {tensor.info.name, *(getattr(info, "name", "") for info in infos)}
 
 
-def has_vocabulary(info: Any) -> bool:
-    """Whether mergekit's WeightInfo says that a weight has a row for each token."""
-    axis = getattr(info, "vocabulary_axis", None)  # of mergekit 0.1.5
-    return axis is not None or bool(getattr(info, "is_embed", False))
+def check_shapes(name: str, info: Any, tensors: Mapping[Any, torch.Tensor]) -> None:
+    """Refuse a weight that has another shape in one of the models."""
+    shapes = {model: tuple(tensor.shape) for model, tensor in tensors.items()}
+    if len(set(shapes.values())) == 1:
+        return
+    found = ", ".join(f"{shape} in {model}" for model, shape in shapes.items())
+    # What mergekit 0.1.5 and 0.1.4 say of a weight with a row for each token.
+    axis = getattr(info, "vocabulary_axis", None)
+    vocabulary = axis is not None or getattr(info, "is_embed", False)
+    remedy = "Models of different sizes cannot be merged: use others."
+    if vocabulary and len({shape[1:] for shape in shapes.values()}) == 1:
+        remedy = (
+            "For models of different vocabularies write `tokenizer_source: union` (or "
+            "`base`)."
+        )
+    raise RuntimeError(f"nuslerp: tensor {name} differs in shape: {found}. {remedy}")
 
 
 def agree(tensors: Iterable[torch.Tensor]) -> bool:

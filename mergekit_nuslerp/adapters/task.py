@@ -67,12 +67,7 @@ class NuslerpTask(Task[torch.Tensor]):
             return planning.copied(inputs, None)
         if not all(tensor.is_floating_point() for tensor in inputs):
             raise ValueError(planning.integers_differ(name))
-        if any(tensor.shape != inputs[0].shape for tensor in inputs):
-            shapes = {model: tensor.shape for model, tensor in zip(models, inputs)}
-            vocabulary = planning.has_vocabulary(self.weight_info)
-            message = parameters.unlike_shapes(name, shapes, vocabulary=vocabulary)
-            raise RuntimeError(message)
-
+        planning.check_shapes(name, self.weight_info, dict(zip(models, inputs)))
         parameters.check_block(plan.granularity, name, inputs[0].shape)
         base = None if self.base_model is None else inputs.pop()
         weights = [plan.weights[model] for model in models[: len(inputs)]]
@@ -178,11 +173,9 @@ def aligned(
     return dict(zip(models, inputs))
 
 
-def merge_tiny(first: Any, second: Any, base: Any, scale: float) -> List[float]:
-    """Merge three small tensors, with equal weights, as mergekit merges a weight."""
-    models = [ModelReference.model_validate(name) for name in ("first", "second", "0")]
-    info = WeightInfo(name="tiny")
-    task = make().make_task(
+def tiny(models: List[ModelReference], info: WeightInfo, scale: float) -> Task:
+    """What merges a weight of two models and a base, with equal weights."""
+    return make().make_task(
         output_weight=info,
         tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(models, info))),
         parameters=ImmutableMap({"lambda": scale}),
@@ -191,8 +184,6 @@ def merge_tiny(first: Any, second: Any, base: Any, scale: float) -> List[float]:
         ),
         base_model=models[2],
     )
-    tensors = [torch.tensor(numbers) for numbers in (first, second, base)]
-    return task.execute(tensors=dict(zip(models, tensors))).tolist()
 
 
 def make() -> NuslerpMethod:
