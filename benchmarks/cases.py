@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 from mergekit.merge_methods.nuslerp import nuslerp as mergekit_nuslerp_function
 
-from mergekit_nuslerp import _hook, nuslerp, passes
+from mergekit_nuslerp import SWITCH, nuslerp, passes
 
 # What each table compares: the first method's time over the second's.
 PAIRS = (("mergekit", "plugin"), ("mergekit", "plugin, portable"))
@@ -38,11 +38,11 @@ def name(dtype: torch.dtype) -> str:
 @contextmanager
 def portable_pass() -> Iterator[None]:
     """PyTorch's operations and no C++."""
-    os.environ[_hook.SWITCH] = "portable"
+    os.environ[SWITCH] = "portable"
     try:
         yield
     finally:
-        del os.environ[_hook.SWITCH]
+        del os.environ[SWITCH]
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_nuslerp import __version__, _hook, plugin, register
+from mergekit_nuslerp import SWITCH, __version__, misspelt, register, switched_off
+from mergekit_nuslerp.messages import brief, printable, shortened
 
 if TYPE_CHECKING:
     from mergekit_nuslerp.inspection import Inspection
@@ -34,10 +36,12 @@ try:
     import mergekit.merge_methods as methods
     method = methods.get("nuslerp")
     answer["module"] = type(method).__module__
-    answer["failure"] = getattr(method, "mergekit_nuslerp_failure", None)
-    if answer["module"].startswith("mergekit_nuslerp."):
-        from mergekit_nuslerp import passes
+    import mergekit_nuslerp
+    answer["failure"] = mergekit_nuslerp.failure
+    if answer["module"].startswith("mergekit_nuslerp.adapters"):
+        from mergekit_nuslerp import passes, plugin
         answer["arithmetic"] = passes.description()
+        plugin.try_merge()
 except Exception as error:
     answer["error"] = f"{type(error).__name__}: {error}"
 print("\\n" + json.dumps(answer))
@@ -68,8 +72,8 @@ def status() -> None:
     if reason is not None:
         click.echo(f"off: `merge_method: nuslerp` is not this plugin. {reason}")
         sys.exit(1)
-    if _hook.misspelt():
-        click.echo(f"warning: {_hook.misspelt()}.", err=True)
+    if misspelt():
+        click.echo(f"warning: {misspelt()}.", err=True)
     click.echo(
         f"on: mergekit {answer['mergekit']} merges `merge_method: nuslerp` with "
         f"mergekit-nuslerp {__version__} (torch {answer['torch']})."
@@ -82,9 +86,9 @@ def why_not(answer: dict[str, Any]) -> str | None:
     if answer.get("failure"):
         return str(answer["failure"])
     if str(answer.get("module", "")).startswith("mergekit_nuslerp."):
-        return None
-    if _hook.switched_off():
-        return f"{_hook.SWITCH}={os.environ[_hook.SWITCH]} switches it off."
+        return answer.get("error")
+    if switched_off():
+        return f"{SWITCH}={os.environ[SWITCH]} switches it off."
     if "error" in answer:
         return f"mergekit could not be imported ({answer['error']})."
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
@@ -97,10 +101,7 @@ def why_not(answer: dict[str, Any]) -> str | None:
     major, minor = (int(part) for part in answer["torch"].split(".")[:2])
     if (major, minor) < (2, 5):
         return f"torch {answer['torch']} starts no plugins: install 2.5 or newer."
-    return (
-        f"It does not know mergekit {answer['mergekit']} (it knows "
-        f"{' and '.join(plugin.ADAPTERS)}), or its installation is damaged."
-    )
+    return "Its installation is damaged: reinstall it."
 
 
 @main.command(
@@ -115,7 +116,7 @@ def run(arguments: tuple[str, ...]) -> None:
     For where PyTorch's autoloading is switched off. Elsewhere `mergekit-yaml` itself
     does the same.
     """
-    if _hook.switched_off():
+    if switched_off():
         raise click.UsageError(f"{_off()}, or run mergekit-yaml")
     register()
     from mergekit.scripts.run_yaml import main as mergekit_yaml
@@ -124,9 +125,7 @@ def run(arguments: tuple[str, ...]) -> None:
 
 
 def _off() -> str:
-    return (
-        f"{_hook.SWITCH}={os.environ[_hook.SWITCH]} switches the plugin off; unset it"
-    )
+    return f"{SWITCH}={os.environ[SWITCH]} switches the plugin off; unset it"
 
 
 def _print_schema(context: click.Context, _option: Any, wanted: bool) -> None:
@@ -184,7 +183,7 @@ def inspect(
     """
     outputs = [path for path in (html, records, csv) if path is not None]
     try:
-        if _hook.switched_off():
+        if switched_off():
             raise ValueError(_off())
         check_writable(outputs, config)
         if html is not None and importlib.util.find_spec("plotly") is None:
@@ -205,17 +204,10 @@ def inspect(
             texts[csv] = report.table(inspection)
         write_together(texts)
     except (ImportError, OSError, ValueError) as error:
-        raise _Refused(_shortened(str(error))) from error
-    click.echo(report.text(inspection, full=full), nl=False)
+        raise _Refused(shortened(str(error))) from error
+    click.echo(printable(report.text(inspection, full=full)), nl=False)
     for path in outputs:
         click.echo(f"wrote {path}")
-
-
-def _shortened(message: str, most: int = 500) -> str:
-    """A message in one line; of a long one both ends, as either may say the reason."""
-    line = " ".join(message.split())
-    end = most // 2
-    return line if len(line) <= most else f"{line[:end]} [...] {line[-end:]}"
 
 
 def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
@@ -226,7 +218,6 @@ def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
     """
     with config.open(encoding="utf-8") as file, _bar() as progress:
         import yaml
-        from pydantic import ValidationError
         from safetensors import SafetensorError
 
         try:
@@ -242,21 +233,26 @@ def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
                 "each to a file of its own"
             )
 
-        register()  # first, since mergekit 0.1.4's config is told of new parameters
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{config} is no config: it holds {brief(content)}, but must hold "
+                "names and values, such as `merge_method: nuslerp`"
+            )
+        if content.get("merge_method") != "nuslerp":
+            raise ValueError(
+                f"this config merges by {brief(content.get('merge_method'))}. "
+                "`inspect` shows merges by `nuslerp`: write `merge_method: nuslerp` "
+                "and a `weight` under each model to see these models' geometry"
+            )
+        register()  # first, as it checks configs while they are read
         from mergekit.config import MergeConfiguration
         from mergekit.options import MergeOptions
 
         from mergekit_nuslerp.inspection import inspect
-        from mergekit_nuslerp.parameters import check_places
 
         try:
             parsed = MergeConfiguration.model_validate(content)
-            check_places(source)
             return inspect(parsed, MergeOptions(**options), progress=progress)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{config}: {place} {first['msg']}") from error
         except (
             ArithmeticError,
             AssertionError,
@@ -297,7 +293,7 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 def demo(out: Path) -> None:
     """Make three small checkpoints in OUT, merge them, and show the result."""
-    if _hook.switched_off():
+    if switched_off():
         raise click.UsageError(_off())
     from mergekit_nuslerp.demo import run as run_demo
 
@@ -315,10 +311,9 @@ def check_writable(paths: Sequence[Path], config: Path) -> None:
     for path in paths:
         if path.exists() and not path.is_file():
             raise ValueError(f"cannot write {path}: it is not a file")
-        trial = _beside(path)
         try:
-            trial.touch(exist_ok=False)
-            trial.unlink()
+            with _beside(path) as trial:
+                trial.touch()
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
@@ -329,20 +324,24 @@ def write_together(texts: Mapping[Path, str]) -> None:
     Raises:
         OSError: one that cannot be written.
     """
-    try:
+    with ExitStack() as stack:
+        written = {path: stack.enter_context(_beside(path)) for path in texts}
         for path, text in texts.items():
-            _beside(path).write_text(text, encoding="utf-8", newline="")
+            written[path].write_text(text, encoding="utf-8", newline="")
         for path in texts:
-            os.replace(_beside(path), path.resolve())
-    finally:
-        for path in texts:
-            _beside(path).unlink(missing_ok=True)
+            os.replace(written[path], path.resolve())
 
 
-def _beside(path: Path) -> Path:
-    """A temporary name in the folder of a file, which may be a link."""
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A place for a file, in a folder of our own in the folder of another file.
+
+    That may be a link, whose target is then meant. In our own folder nobody else can
+    have put a link.
+    """
     path = path.resolve()
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    with TemporaryDirectory(dir=path.parent, prefix=".mergekit-nuslerp-") as folder:
+        yield Path(folder, path.name)
 
 
 if __name__ == "__main__":

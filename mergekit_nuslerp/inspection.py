@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from mergekit.architecture import get_architecture_info
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache, SaveTensor
@@ -31,21 +31,20 @@ from safetensors import safe_open
 
 import mergekit_nuslerp
 from mergekit_nuslerp import plugin, register
-from mergekit_nuslerp.adapters.planning import Planned, agree, has_vocabulary
+from mergekit_nuslerp.adapters import planning
+from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.geometry import (
     antipodal_bound,
     mean_coefficients,
     normalize_weights,
     sums_to_zero,
 )
-from mergekit_nuslerp.kernel import NonFiniteError, gram_matrices
+from mergekit_nuslerp.kernel import NonFiniteError, RangeError, gram_matrices
 from mergekit_nuslerp.parameters import (
     ConfigError,
     check_block,
     check_models,
-    filters,
-    nonfinite,
-    unlike_shapes,
+    named,
 )
 from mergekit_nuslerp.plugin import mergekit_version
 
@@ -175,6 +174,7 @@ def inspect(
     Raises:
         ConfigError: a config of another method, or one that cannot be run.
         ValueError: NaN or infinity in a checkpoint, with the tensor's and model's name.
+        OverflowError: squared lengths that leave float64, with the tensor's name.
     """
     if config.merge_method != "nuslerp":
         raise ConfigError(
@@ -183,7 +183,8 @@ def inspect(
             "to see these models' geometry"
         )
     register()
-    dtype_from_name(config.out_dtype)  # refuses what it does not know
+    if mergekit_nuslerp.failure:
+        raise ConfigError(mergekit_nuslerp.failure)
     config = config.model_copy(deep=True)  # mergekit rewrites it while it plans
     options = options or MergeOptions()
     models = config.referenced_models()  # in any order
@@ -192,17 +193,6 @@ def inspect(
     for model in models:
         _check_files(loaders, model)
     architecture = get_architecture_info(config, options)
-    for module in config.modules or ():
-        if module not in architecture.modules:
-            raise ConfigError(
-                f"there is no module {module!r} in these models. Theirs are "
-                f"{', '.join(architecture.modules)}"
-            )
-    left_out = [
-        name
-        for name in architecture.modules
-        if config.modules and name not in config.modules
-    ]
     planner = MergePlanner(
         config,
         architecture,
@@ -211,12 +201,23 @@ def inspect(
             config, architecture, trust_remote_code=options.trust_remote_code
         ),
     )
+    planner.is_inspection = True
+    wanted = planning.filters(planning.parts_of(config))
     adapter = plugin.adapter()
-    tasks = [
-        _Measure(planned=adapter.planned(target.tensor_task))
+    targets = [
+        target
         for target in planner.plan_to_disk(out_path="")  # only plans
         if isinstance(target, SaveTensor)
     ]
+    tasks, copied = [], []
+    for target in targets:
+        asked = adapter.asked(target.tensor_task)
+        if asked is None:
+            copied.append(
+                Skipped(name=target.tensor_name, reason="one model is listed")
+            )
+        else:
+            tasks.append(_Measure(planned=planning.planned(asked)))
     found: dict[str, TensorGeometry | Skipped] = {}
     if progress:
         progress(0, len(tasks))
@@ -225,7 +226,7 @@ def inspect(
         found[task.planned.name] = measured
         if progress:
             progress(len(found), len(tasks))
-    names = {name for task in tasks for name in task.names()}
+    names = {name for task in tasks for name in planning.names_of(task.planned)}
     in_order = [found[task.planned.name] for task in tasks]
     tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
     return Inspection(
@@ -233,13 +234,9 @@ def inspect(
         mergekit=mergekit_version(),
         models=list(dict.fromkeys(name for t in tensors for name in _models(t))),
         tensors=tensors,
-        skipped=[entry for entry in in_order if isinstance(entry, Skipped)],
-        left_out=left_out,
-        unmatched=[
-            wanted
-            for wanted in dict.fromkeys(filters(config))
-            if not any(wanted in name for name in names)
-        ],
+        skipped=[*copied, *(entry for entry in in_order if isinstance(entry, Skipped))],
+        left_out=planning.left_out(planner),
+        unmatched=planning.unmatched(wanted, names),
     )
 
 
@@ -255,11 +252,10 @@ def _check_files(loaders: LoaderCache, model: ModelReference) -> None:
     """
     path, file = str(model.model.path), ""
     try:
-        index = loaders.get(model).index
-        for shard in index.shards if index.is_safetensors else ():
-            file = os.path.join(index.base_path, shard.filename)
+        loaders.get(model)
+        for file, keys in planning.shards(model):
             with safe_open(file, framework="pt") as opened:
-                missing = set(shard.contained_keys) - set(opened.keys())
+                missing = set(keys) - set(opened.keys())
             if missing:
                 raise ConfigError(f"{min(missing)} is not in it")
     except Exception as error:  # of files, of formats, of networks
@@ -290,13 +286,6 @@ class _Measure(Task[Any]):
     def uses_accelerator(self) -> bool:
         return True
 
-    def names(self) -> set[str]:
-        """The tensor's name in the merge and in each model."""
-        tensors = self.planned.tensors
-        gather = getattr(tensors, "gather_tensors", tensors)
-        infos = getattr(gather, "weight_info", {})
-        return {self.planned.name, *(infos[model].name for model in infos)}
-
     def execute(  # type: ignore[override]
         self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> TensorGeometry | Skipped:
@@ -304,24 +293,21 @@ class _Measure(Task[Any]):
         if len(tensors) < 2:
             return Skipped(name=planned.name, reason="only one model has it")
         if not all(tensor.is_floating_point() for tensor in tensors.values()):
-            if not agree(tensors.values()):
-                raise ConfigError(
-                    f"tensor {planned.name} holds numbers that are not fractional, and "
-                    "differ between the models: they cannot be merged"
-                )
+            if not planning.agree(tensors.values()):
+                raise ConfigError(planning.integers_differ(planned.name))
             return Skipped(name=planned.name, reason="its numbers are not fractional")
         check_models(list(tensors), planned.base, tensor=planned.name)
         tensors = plugin.adapter().aligned(planned, tensors)
-        shapes = {model: tensors[model].shape for model in tensors}
-        shape, *others = shapes.values()
-        if any(other != shape for other in others):
-            raise ConfigError(
-                unlike_shapes(
-                    planned.name, shapes, vocabulary=has_vocabulary(planned.info)
-                )
-            )
+        planning.check_shapes(planned.name, planned.info, tensors)
+        shape = next(iter(tensors.values())).shape
         check_block(planned.granularity, planned.name, shape)
-        return measure(planned, tensors)
+        try:
+            return measure(planned, tensors)
+        except (OverflowError, ValueError):
+            if not planning.agree(tensors.values()):
+                raise
+            reason = "it is the same in all models, and has no angles"
+            return Skipped(name=planned.name, reason=reason)
 
 
 def measure(
@@ -338,11 +324,8 @@ def measure(
     inputs = [tensors[model] for model in models]
     try:
         grams = gram_matrices(inputs, base=base, granularity=planned.granularity)
-    except NonFiniteError as error:
-        culprit = planned.base if error.model is None else models[error.model]
-        raise ValueError(
-            nonfinite(planned.name, culprit, is_base=error.model is None)
-        ) from None
+    except (NonFiniteError, RangeError) as error:
+        raise named(error, planned.name, models, planned.base) from None
     return _described(planned, models, inputs, base, grams)
 
 

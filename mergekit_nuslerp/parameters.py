@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""The parameters of the merge method, declared once for all adapters.
+"""The parameters of the merge method, declared once for all adapters, and messages.
 
 mergekit resolves gradients and filters; what it resolves for one weight comes here.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from typing import Annotated, Any, get_args
 
-import yaml
+from click import ClickException
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,20 +28,27 @@ from pydantic import (
 
 from mergekit_nuslerp import granularity
 from mergekit_nuslerp.geometry import Magnitude, sums_to_zero
+from mergekit_nuslerp.kernel import NonFiniteError, RangeError
+from mergekit_nuslerp.messages import brief, printable, shortened
 
 LOG = logging.getLogger(__package__)
 
 MIN_MODELS = 2
-_PREFIX = "nuslerp_"
+PREFIX = "nuslerp_"
 _LARGEST_WEIGHT = 1e300
 
-# Of the tensors that a warning is about, as many are named, and how many have been.
+# Of the tensors that a warning is about, as many are named in one merge.
 _NAMED_TENSORS = 3
-_WARNED: Counter[str] = Counter()
 
 
-class ConfigError(ValueError):
-    """A merge configuration that cannot be run, found before any weight is read."""
+class ConfigError(ClickException, ValueError):
+    """A merge configuration that cannot be run, found before any weight is read.
+
+    mergekit's commands print its message without a traceback, as they are click's.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 def _named(value: str) -> str:
@@ -100,50 +108,85 @@ _unspellable: dict[str, Any] = {"lambda": (float, _lambda)}
 Shared: type[BaseModel] = create_model("Shared", __base__=_Named, **_unspellable)
 
 FIELDS = {**PerModel.model_fields, **Shared.model_fields}
-_WITHOUT_PREFIX = {name.removeprefix(_PREFIX): name for name in FIELDS}
+_SHORT_NAMES = {name.removeprefix(PREFIX): name for name in FIELDS}
+DEFAULTS = {name: field.default for name, field in Shared.model_fields.items()}
 
-# mergekit 0.1.4 takes only numbers for parameters, and so does not have these.
-NAMED = ("nuslerp_granularity", "nuslerp_magnitude")
+# The parameters that are words. mergekit 0.1.4 takes only numbers.
+WORDS = ("nuslerp_granularity", "nuslerp_magnitude")
 
-# What it takes for `nuslerp_row_wise` to mean something.
-_WITH_ROW_WISE = ("nuslerp_flatten", "nuslerp_granularity")
+# Of other methods, and what to say of them.
+_OF_OTHERS = {
+    "t": "It belongs to slerp; weights 0.3 and 0.7 are t = 0.7.",
+    "density": "It belongs to methods that drop elements, such as ties.",
+    "normalize": "The weights of nuslerp are always relative.",
+}
+
+
+# --- Values ------------------------------------------------------------------------
+
+
+def type_of(name: str) -> Any:
+    """The type of a parameter's values, with what restricts them."""
+    return Annotated[FIELDS[name].annotation, FIELDS[name]]
 
 
 @cache
 def _adapter(name: str) -> TypeAdapter:
-    field = FIELDS[name]
-    annotated: Any = Annotated[field.annotation, field]
-    return TypeAdapter(annotated)
+    return TypeAdapter(type_of(name))
 
 
 def validate(
-    name: str, value: Any, *, model: Hashable | None = None, tensor: str | None = None
+    name: str, value: Any, *, model: Hashable | None = None, where: str = ""
 ) -> Any:
-    """Check and convert one parameter's value.
-
-    Args:
-        name: of the parameter.
-        value: as the configuration gives it; None if it gives none.
-        model: the model it belongs to, for the message.
-        tensor: the weight it was resolved for, for the message.
-
-    Raises:
-        ConfigError: naming the parameter, model and weight, and what to write instead.
-    """
+    """Check and convert one parameter's value, None if the config gives none."""
     try:
         return _adapter(name).validate_python(value)
     except ValidationError:
-        field = FIELDS[name]
-        given, remedy = f"is {value!r}", ""
-        if value is None:
-            given = "is missing"
-            remedy = " End a list of filters with an entry for all, `- value: 0.5`."
-        owner = "" if model is None else f" of model {model}"
-        weight = "" if tensor is None else f" for tensor {tensor}"
-        raise ConfigError(
-            f"nuslerp: parameter {name!r}{owner}{weight} {given}, but must be "
-            f"{field.description}. Write, say, {_example(name)}.{remedy}"
-        ) from None
+        raise unfit(name, value, model=model, where=where) from None
+
+
+def unfit(
+    name: str,
+    value: Any,
+    *,
+    model: Hashable | None = None,
+    where: str = "",
+    only_numbers: bool = False,
+) -> ConfigError:
+    """The error about a value that a parameter, which may not exist, cannot have.
+
+    Args:
+        only_numbers: whether mergekit takes no words for parameters.
+    """
+    owner = "" if model is None else f" of model {model}"
+    given = "is missing" if value is None else f"is {brief(value)}"
+    subject = f"nuslerp: parameter {name!r}{owner}{where}"
+    if name not in FIELDS:
+        if name.startswith(PREFIX):
+            return _unknown(name)
+        return ConfigError(
+            f"{subject} {given}, which is no value for a parameter, and nuslerp does "
+            f"not read it. Remove it.{_hint(name)}"
+        )
+    if only_numbers and name in WORDS:
+        instead = ", or use `nuslerp_flatten` and `nuslerp_row_wise`"
+        return ConfigError(
+            f"{subject} takes a word, and this mergekit takes only numbers. Install "
+            "mergekit 0.1.5 (`pip install mergekit==0.1.5`)"
+            f"{instead if name == 'nuslerp_granularity' else ''}."
+        )
+    remedy = ""
+    if value is None:
+        remedy = " End a list of filters with an entry for all, `- value: 0.5`."
+    elif isinstance(value, (list, dict)):
+        remedy = (
+            " In a list of filters each needs one: `- {filter: mlp, value: ...}`, and "
+            "for all others `- value: ...`."
+        )
+    return ConfigError(
+        f"{subject} {given}, but must be {FIELDS[name].description}. Write, say, "
+        f"{_example(name)}.{remedy}"
+    )
 
 
 def _example(name: str) -> str:
@@ -153,16 +196,8 @@ def _example(name: str) -> str:
     return (examples or [f"`{name}` under `parameters`"])[0]
 
 
-def choose_granularity(shared: Mapping[str, Any], *, tensor: str | None = None) -> str:
-    """The granularity that three parameters ask for together.
-
-    Args:
-        shared: values of `Shared`, those that are missing or None not given.
-        tensor: the weight they were resolved for, for the message.
-
-    Raises:
-        ConfigError: parameters that contradict each other.
-    """
+def choose_granularity(shared: Mapping[str, Any], *, where: str = "") -> str:
+    """The granularity that three parameters, as far as given, ask for together."""
     flatten = shared.get("nuslerp_flatten")
     row_wise = shared.get("nuslerp_row_wise")
     named = shared.get("nuslerp_granularity")
@@ -179,7 +214,6 @@ def choose_granularity(shared: Mapping[str, Any], *, tensor: str | None = None) 
     }
     for flag, contradicts in against.items():
         if contradicts:
-            where = f" for tensor {tensor}" if tensor else ""
             raise ConfigError(
                 f"nuslerp: `{flag}: {str(shared[flag]).lower()}` contradicts "
                 f"`nuslerp_granularity: {named}`{where}. Remove `{flag}`: "
@@ -188,59 +222,78 @@ def choose_granularity(shared: Mapping[str, Any], *, tensor: str | None = None) 
     return named
 
 
-def check_together(
+@dataclass(frozen=True)
+class Values:
+    """What the parameters of one weight come to."""
+
+    weights: tuple[float, ...]
+    granularity: str
+    magnitude: Magnitude
+    lambda_: float
+
+
+def resolve(
     shared: Mapping[str, Any],
-    weights: Mapping[Hashable, float],
+    weights: Iterable[tuple[Hashable, Any]],
     *,
     has_base: bool,
-    tensor: str | None,
-    shape: Sequence[int] | None = None,
-) -> str:
-    """Check what no parameter shows alone, once for each weight.
+    tensor: str | None = None,
+) -> Values:
+    """Check and convert the parameters of one weight.
 
     Args:
-        shared: values of `Shared` under the names that users write.
-        weights: that of each model but the base.
+        shared: values of `Shared`, not yet checked.
+        weights: each model but the base and its weight, None where there is none.
         has_base: whether task vectors are merged.
         tensor: the weight's name, for messages.
-        shape: the weight's, if known.
-
-    Returns:
-        The granularity.
-
-    Raises:
-        ConfigError: naming the parameter and weight, and what to write instead.
     """
-    where = f" for tensor {tensor}" if tensor else ""
-    chosen = choose_granularity(shared, tensor=tensor)
-    if shape is not None:
-        check_block(chosen, tensor, shape)
-    scale = shared.get("lambda", 1.0)
+    given, weights = tuple(shared.items()), list(weights)
+    numbers = tuple(weight for _, weight in weights)
+    try:
+        return _resolve(given, numbers, has_base)
+    except (ConfigError, TypeError):  # once more, for a message that names the weight
+        where = f" for tensor {tensor}" if tensor else ""
+        models = tuple(str(model) for model, _ in weights)
+        return _resolve.__wrapped__(given, numbers, has_base, models, where)
+
+
+@lru_cache(maxsize=1024)  # most weights of a merge have the same
+def _resolve(
+    shared: tuple[tuple[str, Any], ...],
+    weights: tuple[Any, ...],
+    has_base: bool,
+    models: tuple[str, ...] = (),
+    where: str = "",
+) -> Values:
+    given = {**DEFAULTS, **dict(shared)}
+    values = {name: validate(name, given[name], where=where) for name in DEFAULTS}
+    models = models or ("",) * len(weights)
+    numbers = [
+        validate("weight", weight, model=model, where=where)
+        for model, weight in zip(models, weights)
+    ]
+    scale = values["lambda"]
     if not has_base and scale != 1:
         raise ConfigError(
             f"nuslerp: parameter 'lambda'{where} is {scale}, but without a base model "
             "there are no task vectors to scale. Add `base_model`, or remove `lambda`."
         )
-    values = list(weights.values())
-    total = sum(values)
-    if len(values) > MIN_MODELS and not sums_to_zero(values):
-        for model, value in weights.items():
-            if value / total < 0:
+    total = sum(numbers)
+    if len(numbers) > MIN_MODELS and not sums_to_zero(numbers):
+        for model, number in zip(models, numbers):
+            if number / total < 0:
                 raise ConfigError(
-                    f"nuslerp: parameter 'weight' of model {model}{where} is {value}, "
-                    f"but the weights of {len(values)} models, {values}, must not have "
-                    "different signs: only two models have a line to go beyond. "
-                    "Write weights of at least 0."
+                    f"nuslerp: parameter 'weight' of model {model}{where} is {number}, "
+                    f"but the weights of {len(numbers)} models, {brief(numbers)}, must "
+                    "not have different signs: only two models have a line to go "
+                    "beyond. Write weights of at least 0."
                 )
-    return chosen
+    chosen = choose_granularity(values, where=where)
+    return Values(tuple(numbers), chosen, values["nuslerp_magnitude"], scale)
 
 
 def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
-    """Refuse a granularity whose blocks do not divide a weight.
-
-    Raises:
-        ConfigError: naming the weight, and what to write instead.
-    """
+    """Refuse a granularity whose blocks do not divide a weight."""
     try:
         granularity.vector_view((1, *shape), chosen)
     except ValueError as error:
@@ -250,6 +303,127 @@ def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
         ) from None
 
 
+# --- Names -------------------------------------------------------------------------
+
+
+def check_name(name: str, *, of_model: bool) -> None:
+    """Refuse a parameter in `parameters` that is new and not read, or warn of it."""
+    if of_model and name in Shared.model_fields:
+        check_place(name, "under a model, as it is the same for all")
+    elif name.startswith(PREFIX) and name not in FIELDS:
+        raise _unknown(name)
+    elif name not in FIELDS:
+        warn_of_no_effect(name, f"here: nuslerp does not read it.{_hint(name)}")
+
+
+def check_place(name: str, place: str = "outside of `parameters`") -> None:
+    """Refuse a parameter in a place where it has no effect, or warn of an old one.
+
+    mergekit lets its own stand there, and configs may have them.
+    """
+    if name not in FIELDS and not name.startswith(PREFIX):
+        return warn_of_no_effect(name, f"{place}.{_hint(name)}")
+    where = "" if name in PerModel.model_fields else " at the top level"
+    hint = f"{place}. Write, say, {_example(name)}{where}."
+    if name in WORDS or name not in FIELDS:
+        raise ConfigError(f"nuslerp: parameter {name!r} has no effect {hint}")
+    return warn_of_no_effect(name, hint)
+
+
+def is_like_a_parameter(name: Any) -> bool:
+    """Whether a key outside of `parameters` was meant to be a parameter."""
+    name = str(name)
+    return name in FIELDS or name.startswith(PREFIX) or bool(_hint(name))
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        f"nuslerp: there is no parameter {name!r}.{_hint(name)} The parameters are "
+        f"{', '.join(FIELDS)}."
+    )
+
+
+@cache
+def _hint(name: str) -> str:
+    """What was meant by a name that nuslerp does not read, if that can be told."""
+    if name in _OF_OTHERS:
+        return f" {_OF_OTHERS[name]}"
+    near = get_close_matches(name.removeprefix(PREFIX), _SHORT_NAMES, 1, cutoff=0.75)
+    return f" Did you mean {_SHORT_NAMES[near[0]]!r}?" if near else ""
+
+
+# --- Models ------------------------------------------------------------------------
+
+
+def check_models(
+    models: Sequence[Hashable],
+    base: Hashable | None,
+    *,
+    place: str | None = None,
+    tensor: str | None = None,
+) -> None:
+    """Refuse a merge of fewer than two models besides the base.
+
+    Args:
+        models: all inputs, the base among them if there is one.
+        place: the part of the config concerned, for the message.
+        tensor: the tensor that the models were found to have, while merging.
+    """
+    where = f" for tensor {tensor}" if tensor else f" in {place}" if place else ""
+    others = [str(model) for model in models if model != base]
+    listed = f" ({', '.join(others)})" if others else ""
+    same = (
+        "Use models with the same tensors, or `mergekit-pytorch --tensor-intersection`."
+    )
+    if base is not None and base not in models:
+        if tensor:
+            remedy = (
+                f"The base model {base} does not have it, so there is no task vector. "
+                f"{same}"
+            )
+        else:
+            remedy = (
+                f"The base model {base} is not among the models{listed}. Add it to the "
+                "sources, without a weight, or remove `base_model`."
+            )
+        raise ConfigError(f"nuslerp: Base input is not present{where}. {remedy}")
+    if len(others) >= MIN_MODELS:
+        return
+    if tensor:
+        remedy = f"The others do not have it. {same}"
+    elif base is not None and len(models) == MIN_MODELS:
+        remedy = (
+            f"Besides the base model {base} there is only {others[0]}. To merge task "
+            "vectors, list two models besides the base; to interpolate these two, list "
+            "both under `models`, each with a `weight`, and remove `base_model`."
+        )
+    else:
+        remedy = (
+            "List two different models besides `base_model`, each with a `weight`. To "
+            "take one model as it is, list another one with `weight: 0`."
+        )
+    raise ConfigError(
+        f"nuslerp: at least {MIN_MODELS} models besides the base are merged, but there "
+        f"{'is' if len(others) == 1 else 'are'} {len(others)}{where}{listed}. {remedy}"
+    )
+
+
+# --- Warnings ----------------------------------------------------------------------
+
+# How many tensors of the merge each warning has been about.
+_WARNED: Counter[str] = Counter()
+
+
+def start_merge() -> None:
+    """Count the tensors that warnings are about anew."""
+    _WARNED.clear()
+
+
+def warn_of_no_effect(name: str, hint: str) -> None:
+    """Say that a parameter is ignored."""
+    LOG.warning("nuslerp: parameter %r has no effect %s", name, hint)
+
+
 def warn_of_zero_sum(weights: Sequence[float], tensor: str | None) -> None:
     """Say that the weights of a tensor cannot be normalised, if so."""
     if sums_to_zero(weights):
@@ -257,7 +431,7 @@ def warn_of_zero_sum(weights: Sequence[float], tensor: str | None) -> None:
             "nuslerp: the weights of %s, %s, sum to zero; the models are weighted "
             "equally instead",
             _called(tensor),
-            weights,
+            list(weights),
         )
 
 
@@ -296,257 +470,35 @@ def _warn_of_tensor(message: str, *about: Any) -> None:
         LOG.warning("nuslerp: further tensors like these are only told with --verbose")
 
 
-def check_config(config: BaseModel, source: str | None = None) -> None:
-    """Refuse what mergekit would ignore, or warn where it always did.
-
-    Args:
-        config: mergekit's, of a merge by `nuslerp`.
-        source: the YAML it was read from, which may hold more.
-
-    Raises:
-        ConfigError: a parameter that begins with `nuslerp_` and does not exist, or a
-            new one that stands where mergekit does not read it; a model listed twice.
-    """
-    parts = list(_parts(config))
-    _check_names(dict.fromkeys(_names_in(parts)))
-    for part in parts:
-        base = part.get("base_model") or parts[0].get("base_model")
-        for name in ("models", "sources"):
-            if part.get(name):
-                _check_inputs(part[name], base)
-    if source is not None:
-        check_places(source)
+# --- Tensors -----------------------------------------------------------------------
 
 
-def _check_inputs(inputs: Sequence[Any], base: Hashable | None) -> None:
-    models = Counter(entry.model for entry in inputs)
-    for model, times in models.items():
-        if times > 1:
-            raise ConfigError(
-                f"nuslerp: model {model} is listed {times} times among the same "
-                "inputs, but a merge takes each model once. Remove it or write another "
-                "one; to merge layers of one model with each other, list it under a "
-                "second path."
-            )
-    for entry in inputs:
-        if "weight" in (vars(entry).get("parameters") or ()) and entry.model == base:
-            _warn_of_no_effect(
-                "weight",
-                f"under the base model {base}. To stay closer to it, write a `lambda` "
-                "below 1 at the top level.",
-            )
-
-
-def _check_names(given: Collection[tuple[str, bool]]) -> None:
-    names = {name for name, _ in given}
-    if "nuslerp_row_wise" in names and names.isdisjoint(_WITH_ROW_WISE):
-        _warn_of_no_effect(
-            "nuslerp_row_wise", "without `nuslerp_flatten: false`. Write both."
-        )
-    for name, of_model in given:
-        if of_model and name in Shared.model_fields:
-            _tell_of_place(name, "under a model, as it is the same for all")
-        if name in FIELDS:
-            continue
-        short = name.removeprefix(_PREFIX)
-        near = get_close_matches(short, _WITHOUT_PREFIX, 1, cutoff=0.75)
-        hint = f" Did you mean {_WITHOUT_PREFIX[near[0]]!r}?" if near else ""
-        if name.startswith(_PREFIX):
-            raise ConfigError(
-                f"nuslerp: there is no parameter {name!r}.{hint} The parameters are "
-                f"{', '.join(FIELDS)}."
-            )
-        if near:
-            _warn_of_no_effect(name, f"here.{hint}")
-
-
-def _tell_of_place(name: str, place: str) -> None:
-    """Refuse a parameter in a place where it has no effect, or warn of an old one.
-
-    mergekit lets its own stand there, and configs may have them.
-    """
-    where = "" if name in PerModel.model_fields else " at the top level"
-    hint = f"{place}. Write, say, {_example(name)}{where}."
-    if name in NAMED or name not in FIELDS:
-        raise ConfigError(f"nuslerp: parameter {name!r} has no effect {hint}")
-    _warn_of_no_effect(name, hint)
-
-
-@cache
-def check_places(source: str) -> None:
-    """Refuse new parameters outside of `parameters`, where mergekit drops them.
-
-    Args:
-        source: YAML, of one config or several.
-
-    Raises:
-        ConfigError: naming the parameter, and what to write instead.
-    """
-    for config in yaml.safe_load_all(source):
-        if isinstance(config, dict) and config.get("merge_method") == "nuslerp":
-            names = dict.fromkeys(_written(config))
-            for name, in_place in names:
-                # What is in place as well was written once, to be repeated by alias.
-                if not in_place and (name, True) not in names:
-                    _tell_of_place(name, "outside of `parameters`")
-
-
-def _written(node: Any, *, in_place: bool = False) -> Iterator[tuple[str, bool]]:
-    """Parameters of ours in a YAML document, and whether they are in `parameters`."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name in FIELDS or str(name).startswith(_PREFIX):
-                yield name, in_place
-            elif name != "tokenizer":  # names tokens, which may be called anything
-                yield from _written(value, in_place=name == "parameters")
-    elif isinstance(node, list):
-        for value in node:
-            yield from _written(value)
-
-
-@cache
-def _warn_of_no_effect(name: str, hint: str) -> None:
-    """Say that a parameter is ignored, once, although each tensor's planning asks."""
-    LOG.warning("nuslerp: parameter %r has no effect %s", name, hint)
-
-
-def parameter_names(config: BaseModel) -> Iterator[tuple[str, bool]]:
-    """Names of all parameters in a config, and whether they stand under a model."""
-    return _names_in(_parts(config))
-
-
-def _names_in(parts: Iterable[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
-    for part in parts:
-        for name in part.get("parameters") or ():
-            yield name, "model" in part
-
-
-def filters(config: BaseModel) -> Iterator[str]:
-    """The parts of tensors' names that a config has values for."""
-    for part in _parts(config):
-        for setting in (part.get("parameters") or {}).values():
-            for choice in setting if isinstance(setting, list) else [setting]:
-                wanted = getattr(choice, "filter", None)
-                if wanted is not None and wanted != "*":
-                    yield wanted
-
-
-def _parts(node: Any) -> Iterator[dict[str, Any]]:
-    """The fields of a config's modules, slices and inputs, from the outside in."""
-    # mergekit 0.1.4 has a config checked for each tensor, and looking for attributes
-    # that are not there takes pydantic long. Hence dictionaries, and nothing within
-    # parameters and names of models, which are most of a config.
-    if isinstance(node, BaseModel):
-        fields = vars(node)
-        yield fields
-        node = [fields[name] for name in fields if name not in ("parameters", "model")]
-    elif isinstance(node, Mapping):
-        node = list(node.values())
-    if isinstance(node, list):
-        for part in node:
-            yield from _parts(part)
-
-
-def check_models(
+def named(
+    error: NonFiniteError | RangeError,
+    tensor: str | None,
     models: Sequence[Hashable],
     base: Hashable | None,
-    *,
-    place: str | None = None,
-    tensor: str | None = None,
-) -> None:
-    """Refuse a merge of fewer than two models besides the base.
-
-    Args:
-        models: all inputs, the base among them if there is one.
-        base: the base model, None if there is none.
-        place: the part of the config concerned, for the message.
-        tensor: the tensor that the models were found to have, while merging.
-
-    Raises:
-        ConfigError: naming the models found, and what to write instead.
-    """
-    where = f" for tensor {tensor}" if tensor else f" for {place}" if place else ""
-    others = [str(model) for model in models if model != base]
-    listed = f" ({', '.join(others)})" if others else ""
-    if base is not None and base not in models:
-        if tensor:
-            remedy = (
-                f"The base model {base} does not have it, so there is no task vector. "
-                "Use models with the same tensors, or `mergekit-pytorch "
-                "--tensor-intersection`."
-            )
-        else:
-            remedy = (
-                f"The base model {base} is not among the models{listed}. Add it to the "
-                "sources, without a weight, or remove `base_model`."
-            )
-        raise ConfigError(f"nuslerp: Base input is not present{where}. {remedy}")
-    if len(others) >= MIN_MODELS:
-        return
-    if tensor:
-        remedy = (
-            "The others do not have it. Use models with the same tensors, or "
-            "`mergekit-pytorch --tensor-intersection`."
-        )
-    elif base is not None and len(models) == MIN_MODELS:
-        remedy = (
-            f"Besides the base model {base} there is only {others[0]}. To merge task "
-            "vectors, list two models besides the base; to interpolate these two, list "
-            "both under `models`, each with a `weight`, and remove `base_model`."
-        )
-    else:
-        remedy = "List two different models besides `base_model`, each with a `weight`."
-    raise ConfigError(
-        f"nuslerp: at least {MIN_MODELS} models besides the base are merged, but there "
-        f"{'is' if len(others) == 1 else 'are'} {len(others)}{where}{listed}. {remedy}"
-    )
-
-
-def check_gathered(
-    models: Iterable[Hashable], gathered: Collection[Hashable], tensor: str
-) -> None:
-    """Refuse to merge a tensor without models that mergekit drops from it.
-
-    It takes as many of the last slice's models for what comes after the layers as the
-    first slice has.
-
-    Raises:
-        ConfigError: naming the models, and what to write instead.
-    """
-    dropped = [str(model) for model in models if model not in gathered]
-    if dropped:
-        raise ConfigError(
-            f"nuslerp: tensor {tensor} would be merged without {', '.join(dropped)}, "
-            "as the first slice has fewer sources than the last and mergekit takes its "
-            "number for what comes after the layers. List as many sources in the first "
-            "slice, with `weight: 0` where they are to have no part."
-        )
-
-
-def nonfinite(tensor: str | None, model: Hashable, *, is_base: bool) -> str:
-    """The message about an input that cannot be merged."""
-    owner = f"the base model {model}" if is_base else f"model {model}"
-    return (
+) -> Exception:
+    """The kernel's error about one tensor, by names that users know."""
+    if isinstance(error, RangeError):
+        return out_of_range(tensor, error.reason)
+    owner = f"the base model {base}"
+    if error.model is not None:
+        owner = f"model {models[error.model]}"
+    return ValueError(
         f"nuslerp: {_called(tensor)} of {owner} contains NaN or infinity. "
         "The checkpoint is damaged, its training diverged, or the config's `dtype` "
         "cannot hold its numbers; use another one."
     )
 
 
-def unlike_shapes(
-    tensor: str, shapes: Mapping[Any, Sequence[int]], *, vocabulary: bool
-) -> str:
-    """The message about a weight that has another shape in one of the models."""
-    found = ", ".join(f"{tuple(shape)} in {model}" for model, shape in shapes.items())
-    if vocabulary and len({tuple(shape[1:]) for shape in shapes.values()}) == 1:
-        remedy = (
-            "For models of different vocabularies write `tokenizer_source: union` (or "
-            "`base`)."
-        )
-    else:
-        remedy = "Models of different sizes cannot be merged: use others."
-    return f"nuslerp: tensor {tensor} differs in shape: {found}. {remedy}"
+def out_of_range(tensor: str | None, reason: str) -> OverflowError:
+    """The error about a tensor whose merge its dtype cannot hold."""
+    return OverflowError(
+        f"nuslerp: {_called(tensor)}: {reason}. Write another `dtype`, or a smaller "
+        "`lambda`."
+    )
 
 
 def _called(tensor: str | None) -> str:
-    return f"tensor {tensor}" if tensor else "a tensor"
+    return f"tensor {printable(tensor)}" if tensor else "a tensor"

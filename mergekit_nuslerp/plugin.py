@@ -7,66 +7,51 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from math import sqrt
 from types import ModuleType
 from typing import Any
 
 import mergekit_nuslerp
-from mergekit_nuslerp import _hook
+from mergekit_nuslerp import REGISTRY, misspelt
 
 LOG = logging.getLogger(__package__)
 
-# For each mergekit that is known: the adapter, and the dict in its registry.
-ADAPTERS = {
-    "0.1.5": ("batch", "_METHODS"),
-    "0.1.4": ("task", "REGISTERED_MERGE_METHODS"),
-}
+# For each of mergekit's interfaces the dict in its registry, and our adapter.
+ADAPTERS = {"_METHODS": "batch", "REGISTERED_MERGE_METHODS": "task"}
 
 _PACKAGE = f"{mergekit_nuslerp.__name__}.adapters"
 
 
 def install(registry: ModuleType) -> None:
-    """Replace mergekit's own `nuslerp` in its registry. Harmless when repeated.
-
-    A mergekit of another version keeps its own method, with a warning: a merge that
-    fails half-way, because something has moved, would be worse.
-
-    Args:
-        registry: the module `mergekit.merge_methods.registry`, executed.
-    """
-    _, attribute = _known()
-    methods: dict[str, Any] = getattr(registry, attribute, {}) if attribute else {}
-    if "nuslerp" not in methods:
-        LOG.warning("%s; mergekit's own nuslerp stays in place", _unknown())
-        return
-    if not type(methods["nuslerp"]).__module__.startswith(_PACKAGE):
+    """Replace mergekit's own `nuslerp` in its registry. Harmless when repeated."""
+    attribute = _interface(registry)
+    methods: dict[str, Any] = getattr(registry, attribute)
+    if not type(methods.get("nuslerp")).__module__.startswith(_PACKAGE):
         methods["nuslerp"] = adapter().make()
+    importlib.import_module(f"{_PACKAGE}.planning").attach()
 
 
+@cache
 def adapter() -> ModuleType:
-    """The adapter for the installed mergekit.
+    """The adapter for the interface that the installed mergekit has.
 
     Raises:
-        ImportError: a mergekit that is not known.
+        ImportError: a mergekit with none of the interfaces that are known.
     """
-    name, _ = _known()
-    if not name:
-        raise ImportError(_unknown())
+    name = ADAPTERS[_interface(importlib.import_module(REGISTRY))]
     return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
-def _unknown() -> str:
-    return (
-        f"mergekit-nuslerp {mergekit_nuslerp.__version__} does not know mergekit "
-        f"{mergekit_version()}; it knows {' and '.join(ADAPTERS)}"
+def _interface(registry: ModuleType) -> str:
+    for attribute in ADAPTERS:
+        if isinstance(getattr(registry, attribute, None), dict):
+            return attribute
+    raise ImportError(
+        f"mergekit {mergekit_version()} keeps its merge methods in another way than "
+        "0.1.4 and 0.1.5 do"
     )
-
-
-def _known() -> tuple[str, str]:
-    release = re.match(r"\d+\.\d+\.\d+", mergekit_version())
-    return ADAPTERS.get(release[0] if release else "", ("", ""))
 
 
 @cache
@@ -77,16 +62,62 @@ def mergekit_version() -> str:
         return "of unknown version"
 
 
+# Whether mergekit has been tried, and whether it is being tried now.
+_tried = _trying = False
+
+
+def try_merge() -> None:
+    """Once in a process, merge two tiny tensors in mergekit's way, and see what comes.
+
+    What looks like an interface that is known may be another one.
+    """
+    global _tried, _trying
+    if _tried or _trying:
+        return
+    _trying = True
+    try:
+        import torch
+        from mergekit.architecture import WeightInfo
+        from mergekit.common import ModelReference
+
+        models = [ModelReference.model_validate(name) for name in ("a", "b", "base")]
+        # Half of the arc from (1, 0) to (0, 1), off the base (4, 4).
+        tensors = torch.tensor([(5.0, 4.0), (4.0, 5.0), (4.0, 4.0)])
+        task = adapter().tiny(models, WeightInfo(name="tiny"), 0.5)
+        merged = task.execute(tensors=dict(zip(models, tensors))).tolist()
+        reason = f"it merges to {merged}"
+        half = 4 + 0.5 * sqrt(0.5)
+        _tried = all(abs(number - half) < 1e-6 for number in merged)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    finally:
+        _trying = False
+    if not _tried:
+        raise RuntimeError(
+            f"mergekit-nuslerp {mergekit_nuslerp.__version__} does not fit mergekit "
+            f"{mergekit_version()}, as a merge of two tiny tensors shows ({reason}). "
+            f"Update either of them, or set {mergekit_nuslerp.SWITCH}=0 to merge with "
+            "mergekit's own nuslerp."
+        )
+
+
+def announce_merge() -> None:
+    """Announce the plugin, unless mergekit is only being tried."""
+    if not _trying:
+        announce()
+
+
 @cache
 def announce() -> None:
-    """Say once in a process that it is this plugin that merges.
-
-    mergekit shows nothing below WARNING, and which code made a model must be seen.
-    """
-    LOG.warning(
-        "mergekit-nuslerp %s merges here in place of mergekit's own nuslerp "
-        "(MERGEKIT_NUSLERP=0 switches it off)",
-        mergekit_nuslerp.__version__,
+    """Say once in a process that it is this plugin that merges."""
+    message = (
+        f"mergekit-nuslerp {mergekit_nuslerp.__version__} merges here in place of "
+        "mergekit's own nuslerp (MERGEKIT_NUSLERP=0 switches it off)"
     )
-    if _hook.misspelt():
-        LOG.warning("mergekit-nuslerp: %s", _hook.misspelt())
+    # mergekit lets no logger show what is below a warning, which this is not. But which
+    # code made a model must be seen, so it goes to the handlers at once.
+    if LOG.isEnabledFor(logging.WARNING):
+        record = LOG.makeRecord(LOG.name, logging.INFO, __file__, 0, message, (), None)
+        LOG.handle(record)
+    if misspelt():
+        LOG.warning("mergekit-nuslerp: %s", misspelt())

@@ -560,8 +560,16 @@ def table(inspection: Inspection) -> str:
     ]
     writer = csv.DictWriter(out, COLUMNS)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {name: _cell(value) for name, value in row.items()} for row in rows
+    )
     return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A value that a spreadsheet does not take for a formula."""
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t"))
+    return f"'{value}" if is_formula else value
 
 
 # Of the CSV, in order, and what they mean.

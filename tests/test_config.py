@@ -1,35 +1,41 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""Mistakes in a config are found while mergekit plans, before a weight is read."""
+"""What a merge says about its config, and how it takes what is in order."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-import re
+import logging
+import shutil
+import time
 from shutil import copytree, ignore_patterns
 
 import pytest
+import torch
 import yaml
 from mergekit import merge_methods
-from mergekit.io.tasks import LoadTensor
+from mergekit.config import MergeConfiguration
 from safetensors.torch import save_file
 from support import LAYERS, load_tensors, merge_here
 
-from mergekit_nuslerp import parameters
+from mergekit_nuslerp import parameters, plugin
+from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.parameters import ConfigError
 
-# mergekit 0.1.4 refuses values that are no numbers before a method sees them.
+# mergekit 0.1.4 takes only numbers for parameters, and passes on what only one model
+# is listed for.
 TYPED = hasattr(merge_methods, "registered_methods")
 
 CONFIG = """
 merge_method: nuslerp
 base_model: ./base
 models:
-  - {model: ./sft, parameters: {weight: 0.3}}
-  - {model: ./kd, parameters: {weight: 0.7}}
+  - model: ./sft
+    parameters: {weight: 0.3}
+  - model: ./kd
+    parameters: {weight: 0.7}
 dtype: bfloat16
 """
 
@@ -40,39 +46,22 @@ def config():
 
 
 @pytest.fixture
-def refused(monkeypatch, checkpoints, tmp_path):
-    """The message that a config is refused with, no tensor having been read."""
+def merged(checkpoints, tmp_path, caplog):
+    """Merges a config: the tensors, and what was said meanwhile."""
 
-    def read(_self):
-        raise AssertionError("a tensor was read")
-
-    monkeypatch.setattr(LoadTensor, "execute", read)
-
-    def run(config, error=ConfigError):
-        with pytest.raises(error) as caught:
-            merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-        return str(caught.value)
-
-    return run
-
-
-@pytest.fixture
-def warned(checkpoints, tmp_path, caplog):
-    """The one warning about a parameter without effect that a merge gives."""
-    parameters._warn_of_no_effect.cache_clear()  # said once in a process
-    parameters.check_places.cache_clear()
-
-    def run(config):
-        merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-        (told,) = (message for message in caplog.messages if "no effect" in message)
-        return told
+    def run(config, cwd=checkpoints):
+        caplog.clear()
+        text = config if isinstance(config, str) else yaml.dump(config)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        merge_here(text, tmp_path / "out", cwd=cwd)
+        told = [
+            record.getMessage()
+            for record in caplog.records
+            if record.name == "mergekit_nuslerp" and record.levelno >= logging.WARNING
+        ]
+        return load_tensors(tmp_path / "out"), told
 
     return run
-
-
-def test_the_config_is_in_order(config, checkpoints, tmp_path):
-    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-    assert load_tensors(tmp_path / "out")
 
 
 def assert_names(message, *parts):
@@ -80,108 +69,105 @@ def assert_names(message, *parts):
         assert part in message, message
 
 
-def test_a_missing_weight(config, refused):
-    del config["models"][1]["parameters"]
-    message = refused(config)
-    assert_names(message, "'weight'", "./kd", "model.embed_tokens.weight", "missing")
-    assert_names(message, "finite number", "weight: 0.5")
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
 
 
-def test_a_weight_missing_for_some_tensors(config, refused):
-    config["models"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": 0.4}]
-    message = refused(config)
-    assert_names(message, "'weight'", "./sft", "embed_tokens", "missing")
-    assert_names(message, "End a list of filters", "`- value: 0.5`")
+def under_parameters(text):
+    return f"{CONFIG}parameters: {{{text}}}\n"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])
-def test_a_weight_whose_sum_is_not_finite(config, refused, value):
-    config["models"][0]["parameters"]["weight"] = value
-    message = refused(config)
-    assert_names(message, "'weight'", "./sft", "model.embed_tokens.weight", str(value))
-    assert_names(message, "finite number", "weight: 0.5")
+# Of each config what the one warning about it names.
+WARNINGS = {
+    under_parameters("lamda: 0.5"): ("'lamda'", "nuslerp does not", "mean 'lambda'?"),
+    under_parameters("wieght: 0.5"): ("'wieght'", "mean 'weight'?"),
+    under_parameters("flatten: 0"): ("'flatten'", "'nuslerp_flatten'?"),
+    under_parameters("row_wise: 0"): ("'row_wise'", "'nuslerp_row_wise'?"),
+    under_parameters("t: 0.7"): ("'t'", "slerp; weights 0.3 and 0.7 are t = 0.7"),
+    under_parameters("density: 0.5"): ("'density'", "ties"),
+    under_parameters("normalize: 1"): ("'normalize'", "relative"),
+    under_parameters("int8_mask: 1"): ("'int8_mask'", "nuslerp does not read it"),
+    under_parameters("nuslerp_row_wise: true"): ("'nuslerp_row_wise'", "Write both"),
+    under_parameters("lambda: [{filter: q_prj, value: 0.5}, {value: 1}]"): (
+        "no tensor's name contains the filter 'q_prj'",
+    ),
+    CONFIG.replace("0.7", "0.7, t: 0.7"): ("'t'", "slerp"),
+    CONFIG.replace("0.7", "0.7, lambda: 1"): ("'lambda'", "under a model", "`lambda: "),
+    CONFIG.replace("0.7", "0.7, nuslerp_flatten: 0"): (
+        "'nuslerp_flatten'",
+        "under a model",
+    ),
+    f"{CONFIG}lambda: 0.5\n": ("'lambda'", "outside of `parameters`", "`lambda: 0.5`"),
+    f"{CONFIG}t: 0.5\n": ("'t'", "outside of `parameters`", "belongs to slerp"),
+    f"{CONFIG}wieght: 0.5\n": ("'wieght'", "outside of `parameters`", "'weight'?"),
+    f"{CONFIG}parameter: {{lambda: 0.5}}\n": ("'lambda'", "outside of `parameters`"),
+    # A value of its own beside the one in place, which is what counts.
+    f"{under_parameters('lambda: 1')}lambda: 0.5\n": ("'lambda'", "outside of"),
+    under_parameters("weight: 0.5").replace(
+        "- model: ./kd\n    parameters: {weight: 0.7}", "- {model: ./kd, weight: 0.9}"
+    ): ("'weight'", "outside of `parameters`", "under each model"),
+    CONFIG.replace("dtype", "  - {model: ./base, parameters: {weight: 1}}\ndtype"): (
+        "'weight'",
+        "under the base model ./base",
+        "`lambda`",
+    ),
+}
 
 
-@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 refuses it with its own message")
-@pytest.mark.parametrize("value", ["a lot", "0,5"])
-def test_a_weight_that_is_no_number(config, refused, value):
-    config["models"][0]["parameters"]["weight"] = value
-    message = refused(config)
-    assert_names(message, "'weight'", "./sft", "model.embed_tokens.weight", value)
+@pytest.mark.parametrize("text", WARNINGS, ids=range(len(WARNINGS)))
+def test_warned_once_a_merge(text, merged):
+    for _ in range(2):
+        _, (told,) = merged(text)
+        assert_names(told, *WARNINGS[text])
 
 
-@pytest.mark.skipif(TYPED, reason="of mergekit 0.1.4")
-def test_a_weight_that_is_no_number_on_the_older_mergekit(config, refused):
-    config["models"][0]["parameters"]["weight"] = "a lot"
-    assert "weight" in refused(config, ValueError)
+IN_ORDER = {
+    "as it is": CONFIG,
+    "a base that is listed": CONFIG.replace("dtype", "  - model: ./base\ndtype"),
+    "numbers as YAML has them": CONFIG.replace("0.3", "3.0e-1").replace("0.7", "7e-1"),
+    "an alias of a mapping": f"x: &x {{weight: 0.7}}\n{CONFIG}".replace(
+        "{weight: 0.7}", "*x", 2
+    ).replace("x: &x *x", "x: &x {weight: 0.7}"),
+    "a merged alias": f"x: &x {{weight: 0.7}}{CONFIG}".replace(
+        "parameters: {weight: 0.7}", "parameters: {<<: *x}"
+    ),
+    "names of tokens": f"{CONFIG}tokenizer: {{source: base, tokens: {{}}}}\n",
+}
 
 
-@pytest.mark.parametrize("name", ["nuslerp_flatten", "nuslerp_row_wise"])
-def test_a_flag_that_is_no_flag(config, refused, name):
-    config["parameters"] = {name: 0.5}
-    message = refused(config)
-    assert_names(message, repr(name), "model.embed_tokens.weight", "true or false")
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_nothing_is_said_of_what_is_in_order(name, merged):
+    tensors, told = merged(IN_ORDER[name])
+    assert not told
+    assert_same(tensors, merged(CONFIG)[0])
 
 
-@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes only numbers")
-@pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        ("nuslerp_granularity", "rows", "row, column, row:N, column:N"),
-        ("nuslerp_granularity", "row:0", "row, column, row:N, column:N"),
-        ("nuslerp_granularity", "dim0", "row, column, row:N, column:N"),
-        ("nuslerp_granularity", 128, "row, column, row:N, column:N"),
-        ("nuslerp_magnitude", "long", "slerp, linear, geometric"),
-    ],
-)
-def test_a_word_that_is_none_of_those(config, refused, name, value, allowed):
-    config["parameters"] = {name: [{"filter": "mlp", "value": value}]}
-    message = refused(config)
-    assert_names(message, repr(name), "mlp.", repr(value), allowed)
+def test_each_merge_says_what_it_has_to(config, merged):
+    """Three merges in one process, as mergekit-multi has them."""
+    for model, weight in zip(config["models"], (0.5, -0.5)):
+        model["parameters"]["weight"] = weight
+    for _ in range(3):
+        _, told = merged(config)
+        assert sum("sum to zero" in message for message in told) == 3
+        assert sum("--verbose" in message for message in told) == 1
 
 
-@pytest.mark.skipif(TYPED, reason="of mergekit 0.1.4")
-@pytest.mark.parametrize("value", ["row", 8, [{"filter": "mlp", "value": "row:8"}]])
-@pytest.mark.parametrize("name", parameters.NAMED)
-def test_words_need_the_newer_mergekit(config, refused, name, value):
-    config["parameters"] = {name: value}
-    message = refused(config)
-    assert_names(message, repr(name), "only numbers", "mergekit==0.1.5")
-    # What flags can say, they may.
-    assert ("nuslerp_row_wise" in message) == (name == "nuslerp_granularity")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_lambda_that_is_not_finite(config, refused, value):
-    config["parameters"] = {"lambda": value}
-    assert_names(refused(config), "'lambda'", "embed_tokens", "finite number")
-
-
-def test_a_lambda_without_a_base(config, refused):
-    del config["base_model"]
-    config["parameters"] = {"lambda": [{"filter": "mlp", "value": 0.5}, {"value": 1}]}
-    message = refused(config, (ConfigError, RuntimeError))
-    assert_names(message, "'lambda'", "layers.0.mlp.", "0.5", "Add `base_model`")
-
-
-@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes only numbers")
-@pytest.mark.parametrize(
-    ("granularity", "flag", "value"),
-    [
-        ("row", "nuslerp_flatten", True),
-        ("matrix", "nuslerp_flatten", True),
-        ("tensor", "nuslerp_flatten", False),
-        ("row:2", "nuslerp_row_wise", True),
-        ("column", "nuslerp_row_wise", False),
-    ],
-)
-def test_flags_that_contradict_the_granularity(
-    config, refused, granularity, flag, value
-):
-    config["parameters"] = {"nuslerp_granularity": granularity, flag: value}
-    message = refused(config, RuntimeError)
-    assert_names(message, f"{flag}: {str(value).lower()}", granularity, "embed_tokens")
-    assert_names(message, f"Remove `{flag}`")
+def test_modules_that_are_left_out(tmp_path, caplog):
+    transformers = pytest.importorskip("transformers")
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1}
+    for name in ("one", "other"):
+        settings = transformers.T5Config(
+            vocab_size=32, feed_forward_proj="gated-gelu", **shape
+        )
+        model = transformers.T5ForConditionalGeneration(settings)
+        model.save_pretrained(tmp_path / name)
+    models = [
+        {"model": f"./{name}", "parameters": {"weight": 1}} for name in ("one", "other")
+    ]
+    config = {"merge_method": "nuslerp", "modules": {"encoder": {"models": models}}}
+    merge_here(yaml.dump(config), tmp_path / "out", cwd=tmp_path)
+    assert "the config has no module 'decoder'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -199,87 +185,6 @@ def test_flags_that_agree_with_the_granularity(granularity, flags):
     assert parameters.choose_granularity(shared) == granularity
 
 
-@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes only numbers")
-def test_a_block_that_does_not_fit(config, refused):
-    config["parameters"] = {
-        "nuslerp_granularity": [{"filter": "q_proj", "value": "row:7"}]
-    }
-    message = refused(config, RuntimeError)
-    assert_names(message, "row:7", "layers.0.self_attn.q_proj.weight", "the shape (")
-    rows = int(re.search(r"divide (\d+) rows", message)[1])
-    near = [int(found) for found in re.findall(r"row:(\d+)", message)[1:]]
-    assert near and all(rows % number == 0 for number in near)
-
-
-@pytest.mark.parametrize(
-    "name, meant",
-    [
-        ("nuslerp_flaten", "nuslerp_flatten"),
-        ("nuslerp_lambda", "lambda"),
-        ("nuslerp_weights", "weight"),
-        ("nuslerp_length", None),
-    ],
-)
-def test_a_parameter_that_does_not_exist(name, meant, config, refused):
-    config["models"][0]["parameters"][name] = True
-    message = refused(config)
-    assert_names(message, repr(name), "parameters are weight, nuslerp_row_wise")
-    assert ("Did you mean" in message) == (meant is not None)
-    assert_names(message, repr(meant) if meant else name)
-
-
-def test_a_parameter_that_is_close_to_one(config, warned):
-    config["parameters"] = {"lamda": 0.5, "normalize": 1.0}
-    assert_names(warned(config), "'lamda'", "'lambda'")
-
-
-@pytest.mark.parametrize("name", ["lambda", "nuslerp_flatten"])
-def test_what_is_the_same_for_all_models_under_one(name, config, warned):
-    config["models"][0]["parameters"][name] = 0
-    assert_names(warned(config), repr(name), "under a model", f"`{name}: ")
-
-
-@pytest.mark.skipif(not TYPED, reason="mergekit 0.1.4 takes only numbers")
-def test_a_new_parameter_under_a_model(config, refused):
-    config["models"][0]["parameters"]["nuslerp_magnitude"] = "linear"
-    message = refused(config)
-    assert_names(message, "'nuslerp_magnitude'", "under a model", "at the top level")
-
-
-@pytest.mark.parametrize("name", ["flatten", "row_wise"])
-def test_a_name_without_its_beginning(name, config, warned):
-    config["parameters"] = {name: 0}
-    assert_names(warned(config), repr(name), f"'nuslerp_{name}'")
-
-
-def test_one_model(config, refused):
-    del config["models"][1]
-    assert_names(refused(config), "at least 2 models", "there is 1", "./sft")
-
-
-def test_three_models_of_different_signs(config, refused):
-    config["models"].append({"model": "./base", "parameters": {"weight": -0.5}})
-    del config["base_model"]
-    message = refused(config, (ConfigError, RuntimeError))
-    assert_names(message, "'weight' of model ./base", "embed_tokens", "-0.5")
-    assert_names(message, "Write weights of at least 0")
-
-
-def test_a_base_that_is_one_of_the_two(config, refused):
-    config["base_model"] = "./sft"
-    message = refused(config)
-    assert_names(message, "Besides the base model ./sft there is only ./kd")
-    assert_names(message, "remove `base_model`")
-
-
-def test_a_base_that_is_missing_from_a_slice(config, refused):
-    sources = [{**model, "layer_range": [0, 4]} for model in config.pop("models")]
-    config["slices"] = [{"sources": sources}]
-    message = refused(config)
-    assert_names(message, "base model ./base is not among the models", "./sft, ./kd")
-    assert_names(message, "Add it to the sources")
-
-
 @pytest.mark.parametrize("kind", ["q_proj", "proj"])
 def test_weights_that_sum_to_zero_are_told_for_the_first_tensors(
     kind, config, checkpoints, tmp_path, caplog
@@ -287,7 +192,6 @@ def test_weights_that_sum_to_zero_are_told_for_the_first_tensors(
     for model, weight in zip(config["models"], (0.5, -0.5)):
         entry = {"filter": kind, "value": weight}
         model["parameters"]["weight"] = [entry, {"value": 0.5}]
-    parameters._WARNED.clear()
     with caplog.at_level("INFO"):
         merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
     told = [record for record in caplog.records if "sum to zero" in record.msg]
@@ -299,38 +203,121 @@ def test_weights_that_sum_to_zero_are_told_for_the_first_tensors(
     assert len(more) == (len(told) >= 3)
 
 
-def test_a_tensor_that_one_of_three_models_does_not_have(checkpoints, tmp_path, caplog):
-    """In an architecture that mergekit finds out from the files."""
+@pytest.fixture
+def altered(checkpoints, tmp_path):
+    """Copies of `base`, `sft` and `kd`, in an architecture found out from the files."""
+
+    def run(change):
+        folder = tmp_path / "altered"
+        for name in ("base", "sft", "kd"):
+            to = folder / name
+            copytree(checkpoints / name, to, ignore=ignore_patterns("*.safetensors*"))
+            settings = json.loads((to / "config.json").read_text("utf-8"))
+            settings["architectures"] = ["MadeUpForCausalLM"]
+            tensors = load_tensors(checkpoints / name)
+            change(name, tensors, settings)
+            (to / "config.json").write_text(json.dumps(settings), "utf-8")
+            save_file(tensors, to / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return run
+
+
+def test_a_tensor_that_one_of_three_models_does_not_have(altered, merged):
     lacking = "model.layers.0.self_attn.q_proj.weight"
-    models = []
-    for name in ("base", "sft", "kd"):
-        folder = tmp_path / name
-        copytree(checkpoints / name, folder, ignore=ignore_patterns("*.safetensors*"))
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
-        settings["architectures"] = ["MadeUpForCausalLM"]
-        (folder / "config.json").write_text(json.dumps(settings), "utf-8")
-        tensors = load_tensors(checkpoints / name)
+
+    def change(name, tensors, _settings):
         if name == "kd":
             del tensors[lacking]
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        models.append({"model": f"./{name}", "parameters": {"weight": 0.5}})
 
-    def merged(number):
-        caplog.clear()
-        parameters._WARNED.clear()
-        config = {"merge_method": "nuslerp", "models": models[:number]}
-        merge_here(yaml.dump(config), tmp_path / str(number), cwd=tmp_path)
-        told = [message for message in caplog.messages if "merged without" in message]
-        return load_tensors(tmp_path / str(number)), told
-
-    two, told = merged(2)
+    folder = altered(change)
+    models = [
+        {"model": f"./{name}", "parameters": {"weight": 0.5}}
+        for name in ("base", "sft", "kd")
+    ]
+    two, told = merged({"merge_method": "nuslerp", "models": models[:2]}, folder)
     assert not told
-    three, (told,) = merged(3)
+    three, (told,) = merged({"merge_method": "nuslerp", "models": models}, folder)
     assert_names(told, f"tensor {lacking} is", "without ./kd, which does not have it")
     # What is said is what is done.
     same = {name for name in two if three[name].equal(two[name])}
     assert lacking in same
     assert not any("down_proj" in name for name in same)
+
+
+def quantised_by_config(_tensors, settings):
+    settings["quantization_config"] = {"quant_method": "fp8"}
+
+
+def beside(ending):
+    def change(tensors, _settings):
+        tensors[f"model.layers.0.mlp.up_proj{ending}"] = torch.ones(4)
+
+    return change
+
+
+def in_float8(tensors, _settings):
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    "quantise, sign",
+    [
+        (quantised_by_config, "quantization_config in its config.json"),
+        (beside(".weight_scale"), "weight_scale"),
+        (beside(".weight_scale_inv"), "weight_scale_inv"),
+        (beside(".weight.absmax"), "absmax"),
+        (beside(".qweight"), "qweight"),
+        (beside(".SCB"), "SCB"),
+        (in_float8, "float8"),
+    ],
+)
+def test_quantised_checkpoints_are_refused(quantise, sign, altered, merged):
+    def change(name, tensors, settings):
+        if name == "kd":
+            quantise(tensors, settings)
+
+    folder = altered(change)
+    with pytest.raises(ConfigError) as caught:
+        merged(CONFIG, folder)
+    assert_names(str(caught.value), "model ./kd is quantised", sign, "dequantize()")
+
+
+@pytest.mark.parametrize("dtype", ["", "dtype: float32"])
+@pytest.mark.parametrize("is_same", [True, False])
+def test_integers_are_copied_or_refused(dtype, is_same, altered, merged):
+    name = "model.norm.weight"
+
+    def change(model, tensors, _settings):
+        tensors[name] = torch.arange(4) + (0 if is_same else len(model))
+
+    folder = altered(change)
+    text = CONFIG.replace("dtype: bfloat16", dtype)
+    if is_same:
+        assert merged(text, folder)[0][name].equal(
+            torch.arange(4).to(torch.float32 if dtype else torch.int64)
+        )
+    else:
+        with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+            merged(text, folder)
+
+
+@pytest.mark.parametrize("lone", ["base", "sft", None])
+def test_buffers_that_are_the_same_are_copied(lone, altered, merged):
+    name = "model.norm.weight"
+    mask = torch.tensor([[0.0, -torch.inf], [0.1, 1e30]], dtype=torch.float64)
+
+    def change(model, tensors, _settings):
+        tensors[name] = mask * 2 if model == lone else mask
+
+    folder = altered(change)
+    text = CONFIG.replace("dtype: bfloat16", "")
+    if lone is None:
+        assert merged(text, folder)[0][name].equal(mask)
+    else:
+        with pytest.raises(ValueError, match=r"norm\.weight of .* NaN or infinity"):
+            merged(text, folder)
 
 
 def slices(*parts):
@@ -350,99 +337,34 @@ def slices(*parts):
     ]
 
 
-@pytest.mark.parametrize(
-    "first, last",
-    [
-        (("base", "sft", "kd"), ("base", "sft", "kd", "dpo")),
-        (("sft", "kd"), ("sft", "kd", "base")),
-    ],
-)
-def test_slices_that_would_lose_a_model_after_the_layers(first, last, config, refused):
-    """mergekit takes as many there as the first slice has."""
-    del config["models"]
-    config["slices"] = slices(first, last)
-    if "base" not in first:
-        del config["base_model"]
-        config["slices"][1]["base_model"] = "./base"
-    message = refused(config, (ConfigError, RuntimeError))
-    assert_names(message, f"without ./{last[-1]}, as the first slice", "`weight: 0`")
-    assert_names(message, "tensor model.norm.weight")
-
-
-def test_slices_of_several_numbers_of_models(config, checkpoints, tmp_path):
+def test_slices_of_several_numbers_of_models(config, merged):
     """As the message about slices says that they are to be written."""
     del config["models"]
     config["slices"] = slices(*[("base", "sft", "kd", "dpo")] * 2)
     unused = config["slices"][0]["sources"][3]
     unused["parameters"]["weight"] = 0
-    merge_here(yaml.dump(config), tmp_path / "out", cwd=checkpoints)
-    merged = load_tensors(tmp_path / "out")
+    three, _ = merged(config)
     config["slices"] = slices(("base", "sft", "kd"), ("base", "sft", "kd"))
-    merge_here(yaml.dump(config), tmp_path / "two", cwd=checkpoints)
-    two = load_tensors(tmp_path / "two")
+    two, _ = merged(config)
     for name in ("embed_tokens", "layers.0.mlp.up_proj"):
-        assert merged[f"model.{name}.weight"].equal(two[f"model.{name}.weight"])
+        assert three[f"model.{name}.weight"].equal(two[f"model.{name}.weight"])
     for name in ("model.layers.2.mlp.up_proj", "lm_head"):
-        assert not merged[f"{name}.weight"].equal(two[f"{name}.weight"])
+        assert not three[f"{name}.weight"].equal(two[f"{name}.weight"])
 
 
-def test_a_weight_of_the_base(config, warned):
-    config["models"].append({"model": "./base", "parameters": {"weight": 0.4}})
-    assert_names(warned(config), "'weight'", "under the base model ./base", "`lambda`")
-
-
-@pytest.mark.parametrize("form", ["models", "slices"])
-def test_a_model_that_is_listed_twice(form, config, refused):
-    config["models"].append({"model": "./kd", "parameters": {"weight": 0.1}})
-    if form == "slices":
-        sources = [{**model, "layer_range": [0, 4]} for model in config.pop("models")]
-        config["slices"] = [{"sources": sources}]
-    assert_names(refused(config), "model ./kd is listed 2 times", "write another one")
-
-
-def test_rows_or_columns_of_whole_tensors(config, warned):
-    config["parameters"] = {"nuslerp_row_wise": True}
-    assert_names(warned(config), "'nuslerp_row_wise'", "`nuslerp_flatten: false`")
-
-
-@pytest.mark.parametrize("outside", ["top", "parameter", "model"])
-@pytest.mark.parametrize("name", ["nuslerp_magnitude", "nuslerp_flaten", "lambda"])
-def test_parameters_outside_of_parameters(outside, name, config, warned, request):
-    """mergekit drops what it does not know before a merge method sees the config."""
-    given = {name: 0.5 if name == "lambda" else "linear"}
-    if outside == "parameter":
-        config["parameter"] = given
-    elif outside == "model":
-        config["models"][0] |= given
-    else:
-        config |= given
-    if name == "lambda":
-        told = warned(config)
-    else:
-        told = request.getfixturevalue("refused")(config)
-    assert_names(told, repr(name), "outside of `parameters`", f"`{name}")
-
-
-def test_names_that_are_tokens_or_belong_to_other_merges():
-    def config(method, name):
-        tokens = "tokenizer: {tokens: {lambda: {}}}"
-        return f"merge_method: {method}\n{tokens}\n{name}: 1\n"
-
-    parameters.check_places(config("nuslerp", "dtype"))
-    repeated = "x: &x {nuslerp_granularity: row}\nparameters: {<<: *x}"
-    parameters.check_places(f"merge_method: nuslerp\n{repeated}\n")
-    others = config("karcher", "nuslerp_x") + "---\n"
-    parameters.check_places(others)
-    with pytest.raises(ConfigError, match="'nuslerp_x' has no effect outside of"):
-        parameters.check_places(others + config("nuslerp", "nuslerp_x"))
-
-
-def test_a_base_that_is_listed_needs_no_weight(config, checkpoints, tmp_path):
-    merge_here(yaml.dump(config), tmp_path / "a", cwd=checkpoints)
-    config["models"].append({"model": "./base"})
-    merge_here(yaml.dump(config), tmp_path / "b", cwd=checkpoints)
-    first, second = load_tensors(tmp_path / "a"), load_tensors(tmp_path / "b")
-    assert all(first[name].equal(second[name]) for name in first)
+@pytest.mark.skipif(TYPED, reason="mergekit 0.1.5 refuses it")
+def test_one_model_is_passed_on(config, checkpoints, merged):
+    """In a slice, here the second, with and without a base."""
+    sft = load_tensors(checkpoints / "sft")
+    del config["models"]
+    for first in (("base", "sft", "kd"), ("sft", "kd")):
+        if "base" not in first:
+            del config["base_model"]
+        config["slices"] = slices(first, ("sft",))
+        tensors, _ = merged(config)
+        for name, tensor in tensors.items():
+            is_passed_on = any(text in name for text in ("s.2.", "s.3.", "lm_head"))
+            assert tensor.equal(sft[name]) or not is_passed_on
 
 
 def test_numbers_as_mergekit_takes_them():
@@ -458,3 +380,43 @@ def test_a_message_without_a_place_is_still_a_sentence():
         parameters.check_models([], None)
     with pytest.raises(ConfigError, match=r"for tensor q \(a\).*others do not have it"):
         parameters.check_models(["a"], None, tensor="q")
+
+
+# --- Where mergekit is hooked into --------------------------------------------------
+
+
+@pytest.mark.parametrize("module, owner, method", planning.SEAMS.values())
+def test_mergekit_has_what_is_wrapped(module, owner, method):
+    """Fails where a mergekit has moved it, so that its checks come late."""
+    found = getattr(getattr(__import__(module, fromlist=[owner]), owner), method)
+    assert found.mergekit_nuslerp
+
+
+def test_a_config_is_not_walked_over_and_over():
+    """What aliases repeat is visited once."""
+    lines = ["a: &a {x: 1}"]
+    for name, last in zip("bcdefghi", "abcdefgh"):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{last}'] * 10)}]")
+    text = CONFIG + "\n".join(lines) + "\nz: &z [*z]\n"
+    start = time.perf_counter()
+    parsed = yaml.safe_load(text)
+    reading = time.perf_counter() - start
+    start = time.perf_counter()
+    MergeConfiguration.model_validate(parsed)
+    assert time.perf_counter() - start < max(2 * reading, 0.1)
+    parsed["models"][0]["parameters"]["weight"] = parsed["i"]
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match=r"'weight' of model \./sft") as caught:
+        MergeConfiguration.model_validate(parsed)
+    assert len(str(caught.value)) <= 600
+    assert time.perf_counter() - start < max(2 * reading, 0.1)
+
+
+def test_the_plugin_is_announced_once_and_not_as_trouble(config, merged, caplog):
+    plugin.announce.cache_clear()
+    records = []
+    for _ in range(2):
+        merged(config)
+        records += [r for r in caplog.records if "merges here" in r.getMessage()]
+    (record,) = records
+    assert record.levelno == logging.INFO

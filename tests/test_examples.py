@@ -144,7 +144,7 @@ def merge_in_process(
 ) -> None:
     """Merge, and see in the log that the plugin did it."""
     plugin.announce.cache_clear()  # an earlier test may have been the first use
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("INFO"):
         merge_here(config, out, cwd=cwd)
     assert [announcement() in line for line in caplog.messages].count(True) == 1
     method = mergekit.merge_methods.get("nuslerp")

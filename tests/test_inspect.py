@@ -393,7 +393,7 @@ def test_examples(path: Path, request: pytest.FixtureRequest, tmp_path: Path) ->
     records, table = tmp_path / "records.json", tmp_path / "table.csv"
     done = command(folder, path, "--json", records, "--csv", table)
     if needs_names(path.read_text(encoding="utf-8")) and not TAKES_NAMES:
-        assert_refused(done, r"mergekit 0\.1\.4 takes only numbers")
+        assert_refused(done, r"this mergekit takes only numbers")
         assert not [*tmp_path.iterdir()]
         return
     assert done.exit_code == 0, done.stderr
@@ -949,10 +949,10 @@ MODULES = yaml.safe_dump(
 BAD_CONFIGS = {
     "models: [1,\nb: }": r"config\.yaml is not YAML: .*line 2",
     "\tmodels": r"config\.yaml is not YAML",
-    "": r"config\.yaml: .*dictionary",
-    "just words": r"config\.yaml: .*dictionary",
-    "merge_method: nuslerp\nmodels: 3\n": r"config\.yaml: models .*list",
-    CONFIG.replace("nuslerp", "linear"): r"merges by `linear`.*write `merge_method: nu",
+    "": r"config\.yaml is no config",
+    "just words": r"config\.yaml is no config",
+    "merge_method: nuslerp\nmodels: 3\n": "`models` is 3, but must be a list",
+    CONFIG.replace("nuslerp", "linear"): r"merges by 'linear'.*write `merge_method: nu",
     CONFIG.replace("weight", "wait"): r"'weight' of model \./(sft|kd).* is missing",
     CONFIG.replace("{}", "{nuslerp_flaten: 1}"): r"'nuslerp_flaten'. Did you mean",
     CONFIG.replace("./kd", "./nowhere"): r"\./nowhere cannot be read: there is no fold",
@@ -1034,6 +1034,10 @@ def not_a_number(name: str, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def huge(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight.double() * 1e200 if "layers.1.mlp.up_proj" in name else weight
+
+
 def renamed(shard: Path) -> None:
     state = load_tensors_of(shard)
     save_file({f"other.{name}": weight for name, weight in state.items()}, shard)
@@ -1047,6 +1051,7 @@ def renamed(shard: Path) -> None:
             r"mlp\.up_proj\.weight differs in shape: .*\./kd.* Models of different",
         ),
         (not_a_number, r"layers\.1\.mlp\.up_proj\.weight of model \./kd contains NaN"),
+        (huge, r"up_proj\.weight: a squared length is too large for torch\.float64\."),
     ],
 )
 def test_weights_that_cannot_be_merged(
@@ -1056,7 +1061,9 @@ def test_weights_that_cannot_be_merged(
     tmp_path: Path,
 ) -> None:
     altered(small, tmp_path, change)
-    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(
+        CONFIG.replace("dtype: bfloat16", ""), encoding="utf-8"
+    )
     done = command(tmp_path, "config.yaml", "--json", "records.json")
     assert_refused(done, message)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -1130,6 +1137,19 @@ def test_an_index_that_names_what_is_not_there(small: Path, tmp_path: Path) -> N
     assert_refused(done, r"\./kd cannot be read: .*safetensors: \S+ is not in it")
 
 
+def test_an_index_that_leads_out_of_its_folder(small: Path, tmp_path: Path) -> None:
+    folder = altered(small, tmp_path, lambda _, weight: weight)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text("utf-8"))
+    for outside in ("../sft/model.safetensors", str(small / "sft" / "x.safetensors")):
+        content["weight_map"]["lm_head.weight"] = outside
+        index.write_text(json.dumps(content), "utf-8")
+        (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+        LoaderCache.loaders.clear()
+        done = command(tmp_path, "config.yaml")
+        assert_refused(done, r"\./kd names .*, a file outside of its folder")
+
+
 # --- Files -------------------------------------------------------------------------
 
 
@@ -1182,7 +1202,7 @@ def test_an_output_in_place_of_the_config(tmp_path: Path) -> None:
 def test_a_dtype_that_the_merge_could_not_write(small: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"{CONFIG}\nout_dtype: bf17\n", encoding="utf-8")
-    assert_refused(command(small, config), 'Unimplemented dtype "bf17"')
+    assert_refused(command(small, config), "`out_dtype` is 'bf17', but must be")
 
 
 @pytest.mark.usefixtures("unread")
@@ -1252,6 +1272,31 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_no_planted_link_is_followed(tmp_path: Path) -> None:
+    victim, target = tmp_path / "victim", tmp_path / "out.json"
+    victim.write_text("mine", encoding="utf-8")
+    (tmp_path / f".out.json.{os.getpid()}").symlink_to(victim)
+    cli.check_writable([target], tmp_path / "config.yaml")
+    cli.write_together({target: "after"})
+    assert target.read_text(encoding="utf-8") == "after"
+    assert victim.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)"])
+def test_names_are_no_formulas(name: str) -> None:
+    found = at_angles([name])
+    (row,) = csv.DictReader(io.StringIO(report.table(found)))
+    assert row["tensor"] == f"'{name}.weight"
+
+
+def test_names_do_not_reach_a_terminal_as_commands(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "text", lambda *_, **__: "a \x1b[31m name\n")
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    assert command(small, tmp_path / "config.yaml").stdout == "a \\x1b[31m name\n"
 
 
 @pytest.mark.parametrize("has_rich", [True, False])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -18,14 +17,21 @@ from importlib.metadata import distribution, entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
+import mergekit
 import mergekit.merge_methods.registry as registry
 import pytest
 from click.testing import CliRunner
 from mergekit import merge_methods
-from support import Finished, clean_environment, run_command
+from support import (
+    Finished,
+    clean_environment,
+    load_tensors,
+    merge_here,
+    run_command,
+)
 
 import mergekit_nuslerp
-from mergekit_nuslerp import _hook, cli, passes, plugin
+from mergekit_nuslerp import cli, passes, plugin
 
 PACKAGE = Path(mergekit_nuslerp.__file__).parent
 
@@ -75,7 +81,7 @@ def test_import_torch_prints_nothing_and_loads_only_the_hook():
         "import torch, sys\n"
         "assert 'mergekit' not in sys.modules\n"
         "mine = {n for n in sys.modules if n.startswith('mergekit_nuslerp')}\n"
-        "assert mine == {'mergekit_nuslerp', 'mergekit_nuslerp._hook'}, mine"
+        "assert mine == {'mergekit_nuslerp'}, mine"
     )
     result = python(code)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -83,22 +89,12 @@ def test_import_torch_prints_nothing_and_loads_only_the_hook():
 
 OTHERS = sorted({path.name for path in PACKAGE.rglob("*.py")} - {"__init__.py"})
 
-
-@pytest.mark.parametrize("missing", [("_hook.py",), tuple(OTHERS)])
-def test_a_damaged_installation_does_not_break_import_torch(tmp_path, missing):
-    path = damaged_copy(tmp_path, *missing)
-    code = "import torch, mergekit_nuslerp; print(mergekit_nuslerp.__file__)"
-    result = python(code, PYTHONPATH=path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(path)
-
-
-def test_a_damaged_installation_fails_nuslerp_merges_and_no_others(tmp_path):
-    path = damaged_copy(tmp_path, "kernel.py")
-    code = """
+# Asks for two methods, and plans by one of them.
+_ASK = """
 import torch
 from mergekit import merge_methods
-a = merge_methods.get("linear")
+linear = merge_methods.get("linear")
+assert "Refused" not in type(linear).__name__
 method = merge_methods.get("nuslerp")
 entry = getattr(method, "validate_inputs", None) or method.make_task
 try:
@@ -106,11 +102,123 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    result = python(code, PYTHONPATH=path)
+
+
+@pytest.mark.parametrize(
+    "missing", [("plugin.py",), ("parameters.py",), ("kernel.py",), tuple(OTHERS)]
+)
+def test_a_damaged_installation_fails_nuslerp_merges_and_no_others(tmp_path, missing):
+    path = damaged_copy(tmp_path, *missing)
+    result = python(_ASK, PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
-    assert "could not be loaded" in result.stdout
-    assert "no kernel" in result.stdout  # the reason
+    assert "cannot be used here" in result.stdout
+    assert f"no {missing[0][:-3]}" in result.stdout or len(missing) > 1  # the reason
     assert "MERGEKIT_NUSLERP=0" in result.stdout  # the way out
+
+
+def test_without_its_first_file_nothing_is_merged_in_silence(tmp_path):
+    """PyTorch itself says so then."""
+    path = damaged_copy(tmp_path)
+    (tmp_path / PACKAGE.name / "__init__.py").write_text("")
+    result = python("import torch", PYTHONPATH=path)
+    assert result.returncode != 0
+    assert "mergekit_nuslerp" in result.stderr
+
+
+# --- Other mergekits ---------------------------------------------------------------
+
+
+def changed_mergekit(
+    folder: Path, version: str, changes: dict[str, tuple[str, str]]
+) -> str:
+    """A copy of the installed mergekit, by another version and with other texts."""
+    source = Path(mergekit.__file__).parent
+    copy = folder / "mergekit"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    info = folder / f"mergekit-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: mergekit\nVersion: {version}\n")
+    for name, (before, after) in changes.items():
+        paths = [path for path in copy.rglob("*.py") if name in str(path)]
+        texts = {path: path.read_text("utf-8") for path in paths}
+        assert any(before in text for text in texts.values()), (name, before)
+        for path, text in texts.items():
+            path.write_text(text.replace(before, after), "utf-8")
+    return str(folder)
+
+
+def merge_by(path: str, checkpoints: Path, out: Path, *command: str) -> Finished:
+    """Run mergekit-yaml, or another command, with a mergekit from a folder."""
+    config = out.parent / "config.yaml"
+    config.write_text(
+        "merge_method: nuslerp\nbase_model: ./base\nmodels:\n"
+        "  - {model: ./sft, parameters: {weight: 0.3}}\n"
+        "  - {model: ./kd, parameters: {weight: 0.7}}\n"
+        "parameters: {lambda: 0.5}\n"
+    )
+    words = command or ("mergekit.scripts.run_yaml",)
+    outputs = [] if "inspect" in words else [out]
+    return run_command(
+        *(sys.executable, "-W", "ignore", "-m", *words, config, *outputs),
+        cwd=checkpoints,
+        env=clean_environment(PYTHONPATH=os.pathsep.join([path, *_OURS])),
+    )
+
+
+# Where the package under test is, if that is said by this variable.
+_OURS = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+@pytest.mark.parametrize("version", ["0.1.6", "0.2.0"])
+def test_a_mergekit_of_another_version_merges(version, checkpoints, tmp_path):
+    path = changed_mergekit(tmp_path, version, {})
+    done = merge_by(path, checkpoints, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    merge_here((tmp_path / "config.yaml").read_text(), tmp_path / "b", cwd=checkpoints)
+    first, second = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "b")
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+_BATCHED = hasattr(registry, "_METHODS")
+
+# How a mergekit may differ from those that are known, and the reason that is given.
+STRANGE = {
+    "the registry's name": (
+        {".py": ("_METHODS" if _BATCHED else "REGISTERED_MERGE_METHODS", "_TABLE")},
+        "keeps its merge methods in another way",
+    ),
+    "no base class": (
+        {"merge_methods/base.py": ("class TensorBatch", "class OtherBatch")}
+        if _BATCHED
+        else {"merge_methods/base.py": ("ConfigParameterDef", "ConfigParameter")},
+        "cannot import name",
+    ),
+    "a kernel's signature": (
+        {
+            "merge_methods/base.py": (
+                "return self._execute(\n            groups,",
+                ("return self._execute(\n            0, groups,"),
+            )
+        }
+        if _BATCHED
+        else {"rectify_embed.py": ("weight_info: WeightInfo,", "*, other,")},
+        "two tiny tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name, command", [*((name, "") for name in STRANGE), ("no base class", "inspect")]
+)
+def test_a_mergekit_that_does_not_fit_is_refused(name, command, checkpoints, tmp_path):
+    changes, reason = STRANGE[name]
+    path = changed_mergekit(tmp_path, "0.1.6", changes)
+    words = ("mergekit_nuslerp.cli", "inspect") if command else ()
+    done = merge_by(path, checkpoints, tmp_path / "out", *words)
+    assert done.returncode != 0
+    assert reason in done.stderr, done.stderr
+    assert not [*tmp_path.glob("out/*.safetensors")]
 
 
 def test_switched_off_mergekit_has_its_own_method():
@@ -172,36 +280,6 @@ def test_registering_again_changes_nothing():
     assert merge_methods.get("nuslerp") is method
 
 
-@pytest.mark.parametrize("version", ["0.1.3", "0.1.6", "0.2.0", "1.0", "of no version"])
-def test_an_unknown_mergekit_is_left_alone_with_a_warning(version, monkeypatch, caplog):
-    monkeypatch.setattr(plugin, "mergekit_version", lambda: version)
-    own = object()
-    methods = {"nuslerp": own}
-    plugin.install(SimpleNamespace(_METHODS=methods, REGISTERED_MERGE_METHODS=methods))
-    assert methods == {"nuslerp": own}
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert f"does not know mergekit {version}" in record.message
-    assert "0.1.5 and 0.1.4" in record.message
-    with pytest.raises(ImportError, match=f"does not know mergekit {version}; it kn"):
-        plugin.adapter()
-
-
-@pytest.mark.parametrize("version", ["0.1.5.dev3+g1234", "0.1.4.post1"])
-def test_builds_of_a_known_mergekit_are_known(version, monkeypatch, caplog):
-    monkeypatch.setattr(plugin, "mergekit_version", lambda: version)
-    methods = {"nuslerp": merge_methods.get("nuslerp")}
-    plugin.install(SimpleNamespace(_METHODS=methods, REGISTERED_MERGE_METHODS=methods))
-    assert not caplog.records
-
-
-def test_a_known_version_without_its_registry_is_left_alone(caplog):
-    fake = SimpleNamespace()
-    plugin.install(fake)
-    assert vars(fake) == {}
-    assert "stays in place" in caplog.text
-
-
 def test_finders_that_ask_all_finders_do_not_turn_in_circles():
     code = """
 import sys, torch
@@ -222,10 +300,10 @@ print(type(merge_methods.get("nuslerp")).__module__)
 
 
 def test_a_spec_that_was_found_can_be_copied():
-    finder = _hook._Finder()
-    spec = finder.find_spec(_hook.REGISTRY, merge_methods.__path__)
+    finder = mergekit_nuslerp._Finder()
+    spec = finder.find_spec(mergekit_nuslerp.REGISTRY, merge_methods.__path__)
     assert copy.copy(spec.loader)._loader is spec.loader._loader
-    assert spec.loader.get_source(_hook.REGISTRY)
+    assert spec.loader.get_source(mergekit_nuslerp.REGISTRY)
 
 
 def test_the_switch_works_until_mergekit_is_imported():
@@ -237,9 +315,8 @@ def test_the_switch_works_until_mergekit_is_imported():
     assert python(code).stdout.startswith("mergekit.merge_methods.")
 
 
-@pytest.mark.parametrize("name", sorted(plugin.ADAPTERS.values()))
-def test_an_adapter_can_be_imported_first(name):
-    adapter, attribute = name
+@pytest.mark.parametrize("attribute, adapter", plugin.ADAPTERS.items())
+def test_an_adapter_can_be_imported_first(attribute, adapter):
     if not hasattr(registry, attribute):
         pytest.skip("for another mergekit")
     code = (
@@ -249,38 +326,6 @@ def test_an_adapter_can_be_imported_first(name):
     )
     result = python(code)
     assert result.stdout.startswith("mergekit_nuslerp."), result.stderr
-
-
-def test_any_other_failure_shows_when_nuslerp_is_asked_for(monkeypatch):
-    def broken(_registry):
-        raise OSError("disk on fire")
-
-    class Own:
-        def validate_inputs(self):
-            return "merged"
-
-    own, linear = Own(), Own()
-    fake = SimpleNamespace(_METHODS={"nuslerp": own, "linear": linear})
-    monkeypatch.setattr(plugin, "install", broken)
-    _hook.install(fake)
-    with pytest.raises(RuntimeError, match="disk on fire"):
-        fake._METHODS["nuslerp"].validate_inputs()
-    assert own.validate_inputs() == "merged"  # mergekit's own object is untouched
-    assert fake._METHODS["linear"] is linear
-
-
-def test_the_plugin_says_once_that_it_merges(caplog):
-    plugin.announce.cache_clear()
-    plugin.announce()
-    plugin.announce()
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    for part in (
-        "mergekit-nuslerp",
-        mergekit_nuslerp.__version__,
-        "MERGEKIT_NUSLERP=0",
-    ):
-        assert part in record.message
 
 
 def test_status_says_on():
@@ -360,7 +405,7 @@ def test_status_says_off_and_why(switch):
                 "torch": "2.13.0",
                 "mergekit": "9.9",
             },
-            "does not know mergekit 9.9",
+            "damaged: reinstall it",
         ),
     ],
 )

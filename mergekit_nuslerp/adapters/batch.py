@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from mergekit.common import ImmutableMap
+from mergekit.architecture import WeightInfo
+from mergekit.common import ImmutableMap, ModelReference
+from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.base import (
     MISSING,
     BasePolicy,
@@ -26,32 +27,36 @@ from mergekit.merge_methods.base import (
 )
 from mergekit.merge_methods.batching import prepare_batches
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from pydantic import ValidationError
 
 from mergekit_nuslerp import parameters
 from mergekit_nuslerp.adapters import planning
-from mergekit_nuslerp.kernel import Merged, NonFiniteError, merge_batch
-from mergekit_nuslerp.parameters import nonfinite, warn_of_linear
-from mergekit_nuslerp.plugin import announce
+from mergekit_nuslerp.kernel import Merged, NonFiniteError, RangeError, merge_batch
+from mergekit_nuslerp.parameters import DEFAULTS, named, warn_of_linear
+from mergekit_nuslerp.plugin import announce_merge, try_merge
 
-
-class PlanError(RuntimeError):
-    """A `ConfigError` where pydantic would bury a ValueError among its own words."""
+# Whether a slice of one model is that model.
+PASSES_ON = False
 
 
 class NuslerpParameter(ParameterSpec):
-    """A parameter whose errors say which model and tensor they are about."""
+    """A parameter whose unfit values are passed on.
+
+    They are refused where it is known which model and tensor they are for.
+    """
 
     @property
     def required(self) -> bool:
-        # A missing value is passed to `validate` as well, for the same message.
+        # A missing value is passed on as well.
         return False
 
     def validate(self, value: Any) -> Any:
-        given = None if value is MISSING else value
+        if value is self.default:
+            return None if value is MISSING else value
         try:
-            return parameters.validate(self.name, given)
-        except parameters.ConfigError:  # once more, for a message that says where
-            return parameters.validate(self.name, given, **planning.resolved_for())
+            return super().validate(value)
+        except ValidationError:
+            return value
 
 
 def _specs() -> tuple[ParameterSpec, ...]:
@@ -62,7 +67,7 @@ def _specs() -> tuple[ParameterSpec, ...]:
     return tuple(
         NuslerpParameter(
             name=name,
-            value_type=field.annotation,
+            value_type=parameters.type_of(name),
             scope=scope,
             default=MISSING if field.is_required() else field.default,
             description=field.description,
@@ -71,11 +76,6 @@ def _specs() -> tuple[ParameterSpec, ...]:
         for declaration, scope in scopes
         for name, field in declaration.model_fields.items()
     )
-
-
-_DEFAULTS = {
-    name: field.default for name, field in parameters.Shared.model_fields.items()
-}
 
 
 def _merge(batch: TensorBatch, *, weight: torch.Tensor, **shared: Any) -> Merged:
@@ -120,21 +120,17 @@ class NuslerpMethod(BatchedMergeMethod):
         *,
         group_name: str | None = None,
     ) -> None:
-        frame = planning.caller()
-        config, task = planning.config_of(frame), frame.f_locals.get("self")
-        if config is not None:
-            planning.check(config)
-        # Called for a slice when a config is planned, and for a tensor with the models
-        # that were found to have it.
-        is_slice = group_name is None or re.search(r"\.slices\[\d+\]$", group_name)
-        where = {"place" if is_slice else "tensor": group_name}
-        if None not in input_ids and len(set(input_ids)) == len(input_ids):
-            parameters.check_models(input_ids, base_id, **where)
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
-        if isinstance(task, ExecuteMergeMethodTask):
-            _check_task(task)
-            absent = [model for model in task.model_order if model not in input_ids]
-            parameters.warn_of_absent(absent, task.output_weight.name)
+        try_merge()
+        try:
+            super().validate_inputs(input_ids, base_id, group_name=group_name)
+        except (RuntimeError, ValueError):
+            if None not in input_ids and len(set(input_ids)) == len(input_ids):
+                parameters.check_models(input_ids, base_id, tensor=group_name)
+            raise
+        planned = planning.models_of(group_name)
+        if planned.issuperset(input_ids):
+            absent = [model for model in planned if model not in input_ids]
+            parameters.warn_of_absent(absent, str(group_name))
 
     def _execute(
         self,
@@ -146,12 +142,20 @@ class NuslerpMethod(BatchedMergeMethod):
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """As the inherited method, with weights in float64 and errors that name."""
-        announce()
+        announce_merge()
         # A graph task made by hand may leave shared parameters to their defaults.
-        parameters = [{**_DEFAULTS, **bound} for bound in parameters]
+        parameters = [{**DEFAULTS, **bound} for bound in parameters]
         for group, bound in zip(groups, parameters):
             _check_group(group, bound)
-        results: dict[int, torch.Tensor] = {}
+        results = {
+            index: planning.copied(group.tensors, out_dtype or input_dtypes[index])
+            for index, group in enumerate(groups)
+            if planning.agree(group.tensors)
+        }
+        others = [index for index in range(len(groups)) if index not in results]
+        groups = [groups[index] for index in others]
+        parameters = [parameters[index] for index in others]
+        input_dtypes = [input_dtypes[index] for index in others]
         for batch in prepare_batches(
             groups, parameters, self.spec, options, input_dtypes=input_dtypes
         ):
@@ -165,70 +169,59 @@ class NuslerpMethod(BatchedMergeMethod):
             kwargs["weight"] = torch.tensor(weights, dtype=torch.float64)
             try:
                 merged = _merge(tensors, **kwargs)
-            except NonFiniteError as error:
+            except (NonFiniteError, RangeError) as error:
                 group = groups[batch.indices[error.output]]
-                is_base = error.model is None
-                entry = group.base if is_base else group.non_base[error.model]
-                message = nonfinite(group.metadata.name, entry.id, is_base=is_base)
-                raise ValueError(message) from None
-            for index, count in zip(batch.indices, merged.linear.tolist()):
+                models = [entry.id for entry in group.non_base]
+                base = None if group.base is None else group.base.id
+                raise named(error, group.metadata.name, models, base) from None
+            for index, count, result in zip(
+                batch.indices, merged.linear.tolist(), merged.result.unbind(0)
+            ):
                 name = groups[index].metadata.name
                 warn_of_linear(count, merged.vectors, name)
-            result = merged.result
-            if out_dtype is not None:
-                result = result.to(dtype=out_dtype)
-            results.update(zip(batch.indices, result.unbind(0)))
+                if out_dtype is not None:
+                    result = _converted(result, out_dtype, name)
+                results[others[index]] = result
             del tensors, kwargs, merged, result
-        return tuple(results[index] for index in range(len(groups)))
+        return tuple(results[index] for index in range(len(results)))
 
 
-def _check_task(task: ExecuteMergeMethodTask) -> None:
-    """Check the parameters of a weight that mergekit plans to merge."""
-    shared = {**_DEFAULTS, **task.parameters}
-    weights = _weights(task)
-    name = task.output_weight.name
-    # Only a block may not fit, and a file's header takes a while to read.
-    has_blocks = ":" in (shared["nuslerp_granularity"] or "")
-    sources = planning.sources(task.gather_tensors)
-    try:
-        parameters.check_gathered(task.model_order, sources, name)
-        parameters.check_together(
-            shared,
-            weights,
-            has_base=task.base_model is not None,
-            tensor=name,
-            shape=planning.stored_shape(task.gather_tensors) if has_blocks else None,
-        )
-    except parameters.ConfigError as error:
-        raise PlanError(str(error)) from None
+def _converted(
+    result: torch.Tensor, dtype: torch.dtype, tensor: str | None
+) -> torch.Tensor:
+    """A finite result in another dtype, if that can hold it."""
+    if result.numel():
+        ends = torch.stack(result.detach().aminmax()).to(dtype)
+        if not ends.to(torch.float64).isfinite().all():
+            reason = f"the result is too large for {dtype}"
+            raise parameters.out_of_range(tensor, reason)
+    return result.to(dtype)
 
 
 def _check_group(group: TensorGroup, bound: dict[str, Any]) -> None:
     """Check the parameters of a weight that is merged, with or without a plan."""
-    values = bound["weight"].values_for(group.non_base)
-    parameters.check_together(
-        bound,
-        {entry.id: value for entry, value in zip(group.non_base, values)},
-        has_base=group.base is not None,
-        tensor=group.metadata.name,
-        shape=group.entries[0].tensor.shape,
-    )
-    parameters.warn_of_zero_sum(values, group.metadata.name)
+    shared = {name: bound[name] for name in DEFAULTS}
+    weights = bound["weight"].items()
+    name, has_base = group.metadata.name, group.base is not None
+    values = parameters.resolve(shared, weights, has_base=has_base, tensor=name)
+    parameters.check_block(values.granularity, name, group.entries[0].tensor.shape)
+    parameters.warn_of_zero_sum(values.weights, name)
 
 
-def planned(task: ExecuteMergeMethodTask) -> planning.Planned:
-    """How mergekit plans to merge one weight."""
-    shared = {**_DEFAULTS, **task.parameters}
-    name = task.output_weight.name
-    return planning.Planned(
-        name=name,
+def asked(task: Any) -> planning.Asked | None:
+    """What mergekit plans for one weight, None if it is not merged."""
+    if not isinstance(task, ExecuteMergeMethodTask):
+        return None
+    return planning.Asked(
         tensors=task.gather_tensors,
-        weights=ImmutableMap(_weights(task)),
-        base=task.base_model,
-        granularity=parameters.choose_granularity(shared, tensor=name),
-        magnitude=shared["nuslerp_magnitude"],
-        lambda_=shared["lambda"],
         info=task.output_weight,
+        base=task.base_model,
+        shared=task.parameters,
+        weights=[
+            (model, values["weight"])
+            for model, values in task.input_parameters.items()
+            if "weight" in values  # else the base
+        ],
     )
 
 
@@ -237,12 +230,21 @@ def aligned(_planned: planning.Planned, tensors: dict[Any, Any]) -> dict[Any, An
     return tensors
 
 
-def _weights(task: ExecuteMergeMethodTask) -> dict[Any, float]:
-    return {
-        model: task.input_parameters[model]["weight"]
-        for model in task.model_order
-        if model != task.base_model and model in task.input_parameters
-    }
+def tiny(models: list[ModelReference], info: WeightInfo, scale: float) -> Any:
+    """What merges a weight of two models and a base, with equal weights."""
+    return ExecuteMergeMethodTask(
+        method_name="nuslerp",
+        gather_tensors=GatherTensors(
+            weight_info=ImmutableMap(dict.fromkeys(models, info))
+        ),
+        model_order=tuple(models),
+        base_model=models[2],
+        output_weight=info,
+        parameters=ImmutableMap({**DEFAULTS, "lambda": scale}),
+        input_parameters=ImmutableMap(
+            {model: ImmutableMap({"weight": 1.0}) for model in models}
+        ),
+    )
 
 
 def make() -> NuslerpMethod:

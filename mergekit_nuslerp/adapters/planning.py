@@ -1,31 +1,52 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""What mergekit knows while it plans, but does not hand to a merge method.
+"""The two places where the plugin hooks into mergekit's planning, and their checks.
 
-Looked up in the frames of its planner. Where a mergekit has moved these, checks are
-left out or come later; no merge depends on them.
+`MergeConfiguration.model_validate` sees a config as it is written, before unknown keys
+are dropped; `MergePlanner._plan` has the config, and every weight's models and
+parameters when it returns. Where a mergekit has moved one of them, its checks are left
+out, and what a weight cannot be merged by is refused when its turn comes.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from types import FrameType
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple
 
 import torch
-from mergekit.common import ImmutableMap, ModelReference
+from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
+from mergekit.config import ParameterSetting
 from mergekit.io.tasks import GatherTensors, LoaderCache
-from pydantic import BaseModel
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 
+from mergekit_nuslerp import parameters, plugin
 from mergekit_nuslerp.geometry import Magnitude
-from mergekit_nuslerp.parameters import check_config
-from mergekit_nuslerp.plugin import announce
+from mergekit_nuslerp.messages import brief
+from mergekit_nuslerp.parameters import LOG, ConfigError
+
+# Each as the module, the class and its method that is wrapped.
+SEAMS = {
+    "config": ("mergekit.config", "MergeConfiguration", "model_validate"),
+    "plan": ("mergekit.plan", "MergePlanner", "_plan"),
+}
+
+
+class Asked(NamedTuple):
+    """What mergekit plans for one tensor, with its parameters as they are given."""
+
+    tensors: Any  # the task that gathers them
+    info: Any  # mergekit's WeightInfo
+    base: ModelReference | None
+    shared: Mapping[str, Any]
+    weights: list[tuple[ModelReference, Any]]  # of each model but the base
 
 
 @dataclass(frozen=True)
@@ -42,100 +63,569 @@ class Planned:
     info: Any  # mergekit's WeightInfo
 
 
-def caller() -> FrameType:
-    """The frame that called the merge method, seen from that method."""
-    return sys._getframe(2)
+# What gathers each tensor of the latest plan.
+_latest: dict[str, Any] = {}
 
 
-def config_of(frame: FrameType) -> BaseModel | None:
-    """The merge configuration of a planner that called the merge method."""
-    # `mergekit-pytorch` plans in a function, the other commands in a class.
-    local = frame.f_locals
-    config = local.get("config", getattr(local.get("self"), "config", None))
-    return config if hasattr(config, "merge_method") else None
+def models_of(tensor: str | None) -> set[ModelReference]:
+    """The models that the latest plan has for a tensor."""
+    return set(sources(_latest[tensor])) if tensor in _latest else set()
 
 
-def check(config: BaseModel) -> None:
-    """Check a configuration that is being planned, and say that the plugin merges.
+def attach() -> None:
+    """Wrap both methods, as far as mergekit has been imported. May be repeated."""
+    for wrap, (module, name, attribute) in zip(
+        (_checked_config, _checked_plan), SEAMS.values()
+    ):
+        owner = getattr(sys.modules.get(module), name, None)
+        own = getattr(owner, attribute, None)
+        if own is not None and not hasattr(own, "mergekit_nuslerp"):
+            wrapper = wrap(getattr(own, "__func__", own))
+            wrapper.mergekit_nuslerp = True  # type: ignore[attr-defined]
+            is_plain = own is vars(owner).get(attribute)
+            setattr(owner, attribute, wrapper if is_plain else classmethod(wrapper))
 
-    Raises:
-        ConfigError: as `check_config`.
+
+# --- A config as it is written -----------------------------------------------------
+
+
+def _checked_config(validate: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(validate)
+    def model_validate(cls: Any, config: Any, *args: Any, **options: Any) -> Any:
+        attach()  # the planner may have come since
+        if not isinstance(config, dict) or config.get("merge_method") != "nuslerp":
+            return validate(cls, config, *args, **options)
+        check_written(config)
+        try:
+            result = validate(cls, config, *args, **options)
+            for where, inputs, _ in _inputs(result):
+                _check_layers(where, inputs)
+            return result
+        except ValidationError as error:
+            place = error.errors(include_url=False, include_context=False)[0]["loc"]
+        except RuntimeError as error:  # as mergekit's own validators raise
+            raise ConfigError(f"config: {error}") from None
+        raise _misfit(config, place)
+
+    return model_validate
+
+
+def check_written(config: Mapping[str, Any]) -> None:
+    """Refuse parameters outside of `parameters` that are new, and warn of others.
+
+    What YAML repeats by an alias is one object, and visited once.
     """
-    source = _source()
-    if source is not None:  # a merge, and progress is not shown yet
-        announce()
-    check_config(config, source)
+    in_place: set[int] = set()
+    outside: dict[int, str] = {}
+    visited: set[tuple[int, bool]] = set()
+    nodes: list[tuple[Any, bool]] = [(config, False)]
+    while nodes:
+        node, is_parameters = nodes.pop()
+        if not isinstance(node, (dict, list)) or (id(node), is_parameters) in visited:
+            continue
+        visited.add((id(node), is_parameters))
+        if is_parameters and isinstance(node, dict):
+            in_place.update(map(id, node))
+        elif isinstance(node, list):
+            nodes += [(entry, False) for entry in node]
+        else:
+            for key, value in node.items():
+                if parameters.is_like_a_parameter(key):
+                    outside[id(key)] = str(key)
+                elif key != "tokenizer":  # names tokens, which may be called anything
+                    nodes.append((value, key == "parameters"))
+    # What YAML repeats from elsewhere has the same key, and is read where it is used.
+    names = [name for key, name in outside.items() if key not in in_place]
+    for name in sorted(set(names)):
+        parameters.check_place(name)
 
 
-def _source() -> str | None:
-    """The YAML that one of mergekit's commands has read, if one plans."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] == "mergekit":
-            text = frame.f_locals.get("config_source")
-            if isinstance(text, str):
-                return text
-        frame = frame.f_back
-    return None
+# What mergekit takes under a key of a config.
+_FORMS = {
+    "models": "a list, with `- model: PATH` and `parameters: {weight: 0.5}` for each",
+    "slices": "a list, with `- sources: [...]` for each",
+    "sources": "a list, with `model`, `layer_range` and `parameters` for each",
+    "modules": "a name and `models` or `slices` for each module",
+    "model": "a path, or a name on the hub",
+    "base_model": "a path, or a name on the hub",
+    "layer_range": "two whole numbers, `[0, 16]`",
+    "parameters": "names and values, `{weight: 0.5}`",
+    "dtype": "a name, such as `bfloat16`",
+    "out_dtype": "a name, such as `bfloat16`",
+    "tokenizer_source": "`union`, `base` or a model",
+    "tokenizer": "`{source: union}`, with `tokens` if need be",
+    "chat_template": "a name or a template",
+}
 
 
-def resolved_for() -> dict[str, Any]:
-    """The model and tensor that mergekit is resolving a parameter for, if it is."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if (
-            frame.f_code.co_name == "resolve_parameter"
-            and frame.f_globals.get("__name__") == "mergekit.parameter_resolver"
-        ):
-            names = {"model": "model", "tensor": "tensor_name"}
-            return {key: frame.f_locals.get(name) for key, name in names.items()}
-    return {}
+def _misfit(config: Mapping[str, Any], place: Sequence[Any]) -> ConfigError:
+    """The error about what mergekit could not read of a config, in words of ours."""
+    node: Any = config
+    path, owner, missing = "", None, ""
+    for key in place:
+        if isinstance(node, dict) and "model" in node:
+            owner = node["model"]
+        if isinstance(node, list) and isinstance(key, int) and key < len(node):
+            node, path = node[key], f"{path}[{key}]"
+        elif isinstance(node, dict) and key in node:
+            is_parameter = path.endswith("parameters")
+            node, path = node[key], f"{path}.{key}" if path else str(key)
+            if is_parameter:
+                numbers = not _takes_words()
+                place = path.rpartition(".parameters")[0]
+                where = "" if owner is None else f", in {place}"
+                return parameters.unfit(
+                    str(key), node, model=owner, where=where, only_numbers=numbers
+                )
+        else:
+            if isinstance(node, dict) and key in _FORMS:
+                path, missing = f"{path}.{key}" if path else str(key), "is missing"
+            break
+    given = missing or f"is {brief(node)}"
+    last = re.sub(r"\[\d+\]$", "", path).rpartition(".")[2]
+    form = _FORMS.get(last, "as mergekit's documentation says")
+    return ConfigError(f"config: `{path}` {given}, but must be {form}.")
 
 
-def sources(tensors: Any) -> list[Any]:
-    """The models that mergekit's task gathers a weight from, in its order."""
-    gather = getattr(tensors, "gather_tensors", tensors)
-    return list(getattr(gather, "weight_info", None) or gather.tensors)
+@lru_cache
+def _takes_words() -> bool:
+    """Whether this mergekit takes words for parameters."""
+    try:
+        TypeAdapter(ParameterSetting).validate_python("row")
+    except ValidationError:
+        return False
+    return True
 
 
-def has_vocabulary(info: Any) -> bool:
-    """Whether mergekit's WeightInfo says that a weight has a row for each token."""
-    axis = getattr(info, "vocabulary_axis", None)  # of mergekit 0.1.5
-    return axis is not None or bool(getattr(info, "is_embed", False))
+# --- A plan ------------------------------------------------------------------------
+
+
+def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(plan)
+    def _plan(self: Any) -> Any:
+        config = self.config
+        if config.merge_method != "nuslerp":
+            return plan(self)
+        plugin.try_merge()
+        parameters.start_merge()
+        _latest.clear()
+        parts, models = list(parts_of(config)), config.referenced_models()
+        check_config(self, parts, models)
+        wanted = filters(parts)
+        try:
+            result = plan(self)  # changes the config
+        except ConfigError:
+            raise
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"nuslerp: this merge cannot be planned: {error}"
+            ) from error
+        asked = map(plugin.adapter().asked, (task for _, task in self._tensors))
+        tensors = [entry for entry in asked if entry is not None]
+        for entry in tensors:
+            _check_tensor(entry)
+        if config.dtype:
+            _check_integers(tensors, models)
+        _latest.update((entry.info.name, entry.tensors) for entry in tensors)
+        names = {name for entry in tensors if wanted for name in names_of(entry)}
+        if not getattr(self, "is_inspection", False):  # which has this in its report
+            plugin.announce_merge()
+            for text in unmatched(wanted, names):
+                LOG.warning("nuslerp: no tensor's name contains the filter %r", text)
+            for module in left_out(self):
+                LOG.warning(
+                    "nuslerp: the config has no module %r, so the merged model will "
+                    "not have it",
+                    module,
+                )
+        return result
+
+    return _plan
+
+
+def check_config(
+    planner: Any, parts: Sequence[Mapping[str, Any]], models: Iterable[ModelReference]
+) -> None:
+    """Refuse what mergekit would ignore, or warn where it always did.
+
+    Args:
+        planner: mergekit's, of a merge by `nuslerp`, before it plans.
+        parts: of its config.
+        models: that are in it.
+    """
+    config = planner.config
+    modules = planner.arch_info.modules
+    for module in config.modules or ():
+        if module not in modules:
+            raise ConfigError(
+                f"there is no module {module!r} in these models. Theirs are "
+                f"{', '.join(modules)}"
+            )
+    for field in ("dtype", "out_dtype"):
+        _check_dtype(field, getattr(config, field))
+    names = {(name, owner is not None) for owner, name, _ in _settings(parts)}
+    for name, of_model in sorted(names):
+        parameters.check_name(name, of_model=of_model)
+    given = {name for name, _ in names}
+    if "nuslerp_row_wise" in given and given.isdisjoint(
+        ("nuslerp_flatten", "nuslerp_granularity")
+    ):
+        parameters.warn_of_no_effect(
+            "nuslerp_row_wise", "without `nuslerp_flatten: false`. Write both."
+        )
+    for place, inputs, base in _inputs(config):
+        _check_inputs(place, inputs, base)
+    for part in parts:
+        if part.get("slices"):
+            _check_slices(part["slices"])
+    for owner, name, setting in _settings(parts):
+        if name in parameters.WORDS and not _takes_words():
+            raise parameters.unfit(name, setting, model=owner, only_numbers=True)
+        if name in parameters.FIELDS:
+            for value, where in _choices(setting):
+                parameters.validate(name, value, model=owner, where=where)
+    for model in models:
+        _check_checkpoint(model)
+
+
+def _check_dtype(field: str, name: str | None) -> None:
+    try:
+        dtype = dtype_from_name(name)
+    except (AttributeError, RuntimeError):
+        dtype = torch.int8
+    if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
+        raise ConfigError(
+            f"config: `{field}` is {name!r}, but must be a floating-point dtype. "
+            f"Write, say, `{field}: bfloat16`."
+        )
+
+
+def _check_inputs(place: str, inputs: Sequence[Any], base: Any) -> None:
+    """Check the models of a slice or module."""
+    models = [entry.model for entry in inputs]
+    for model in models:
+        if models.count(model) > 1:
+            raise ConfigError(
+                f"nuslerp: model {model} is listed {models.count(model)} times among "
+                "the same inputs, but a merge takes each model once. Remove it or "
+                "write another one; to merge layers of one model with each other, list "
+                "a copy of its folder."
+            )
+    listed = list(dict.fromkeys(models if base is None else [*models, base]))
+    first: dict[Any, ModelReference] = {}
+    for model in listed:
+        path, lora = model.model, model.lora
+        adapted = lora and (_real(lora.path), lora.revision)
+        key = _real(path.path), path.revision, adapted, model.override_architecture
+        other = first.setdefault(key, model)
+        if other is not model:
+            raise ConfigError(
+                f"nuslerp: {other} and {model} in {place} are the same model. Write it "
+                "the same way in both places, or list another one."
+            )
+    # mergekit adds the base itself, but not to slices.
+    given = models if hasattr(inputs[0], "layer_range") else listed
+    if len(given) > 1 or not plugin.adapter().PASSES_ON:
+        parameters.check_models(given, base, place=place)
+    for entry in inputs:
+        if entry.model == base and "weight" in (entry.parameters or ()):
+            parameters.warn_of_no_effect(
+                "weight",
+                f"under the base model {base}. To stay closer to it, write a `lambda` "
+                "below 1 at the top level.",
+            )
+
+
+def _real(path: str | None) -> str | None:
+    """Where a path leads, or a name on the hub as it is."""
+    return os.path.realpath(path) if path and os.path.exists(path) else path
+
+
+def parts_of(node: Any) -> Iterator[dict[str, Any]]:
+    """The fields of a config's modules, slices and inputs, from the outside in."""
+    # By type, as asking pydantic's models for what they are takes long.
+    if hasattr(type(node), "model_fields"):
+        fields = vars(node)
+        yield fields
+        node = [fields[name] for name in fields if name not in ("parameters", "model")]
+    elif type(node) is dict:
+        node = list(node.values())
+    if type(node) is list:
+        for part in node:
+            yield from parts_of(part)
+
+
+def _settings(
+    parts: Iterable[Mapping[str, Any]],
+) -> Iterator[tuple[Hashable | None, str, Any]]:
+    """The model, if any, the name and the value of each parameter in a config."""
+    for part in parts:
+        for name, setting in (part.get("parameters") or {}).items():
+            yield part.get("model"), name, setting
+
+
+def _check_slices(slices: Sequence[Any]) -> None:
+    """Refuse slices of which mergekit would drop a model after the layers.
+
+    It takes as many of the last slice's models there as the first slice has.
+    """
+    dropped = slices[-1].sources[len(slices[0].sources) :]
+    if dropped:
+        models = ", ".join(str(entry.model) for entry in dropped)
+        raise ConfigError(
+            f"nuslerp: the tensors after the layers would be merged without {models}, "
+            "as the first slice has fewer sources than the last and mergekit takes its "
+            "number for what comes after the layers. List as many sources in the first "
+            "slice, with `weight: 0` where they are to have no part."
+        )
+
+
+def _check_layers(place: str, inputs: Sequence[Any]) -> None:
+    """Refuse slices without a model or a layer: mergekit would leave them out."""
+    if not inputs:
+        raise ConfigError(
+            f"config: `{place}.sources` is [], but must be a list of models."
+        )
+    for entry in inputs:
+        first, last = getattr(entry, "layer_range", (0, 1))
+        if not 0 <= first < last:
+            raise ConfigError(
+                f"config: `layer_range` of model {entry.model} in {place} is [{first}, "
+                f"{last}], which holds no layer. Write the first layer and the one "
+                "after the last, `[0, 16]`."
+            )
+
+
+def _inputs(config: Any) -> Iterator[tuple[str, Sequence[Any], Any]]:
+    """Where models are listed, the entries, and the base that goes with them."""
+    if config.models:
+        yield "models", config.models, config.base_model
+    sources = {"slices": config.slices or ()}
+    for name, module in (config.modules or {}).items():
+        if module.models:
+            yield f"modules.{name}.models", module.models, config.base_model
+        sources[f"modules.{name}.slices"] = module.slices or ()
+    for name, slices in sources.items():
+        for number, part in enumerate(slices):
+            base = part.base_model or config.base_model
+            yield f"{name}[{number}]", part.sources, base
+
+
+def _choices(setting: Any, where: str = "") -> Iterator[tuple[Any, str]]:
+    """The values of a gradient or of filters, and for which weights they are.
+
+    Not a single value, which is refused where it is resolved for a weight.
+    """
+    if setting == []:
+        yield None, ""
+    for choice in setting if isinstance(setting, list) else [setting]:
+        if hasattr(choice, "value"):
+            text = f" for tensors with {choice.filter!r} in their names"
+            values = choice.value if isinstance(choice.value, list) else [choice.value]
+            for value in values or [None]:
+                yield value, text if choice.filter else ""
+        elif isinstance(setting, list):
+            yield choice, " in a gradient"
+
+
+def filters(parts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The parts of tensors' names that a config has values for."""
+    found = [
+        getattr(choice, "filter", None)
+        for _, _, setting in _settings(parts)
+        for choice in (setting if isinstance(setting, list) else [setting])
+    ]
+    return [text for text in dict.fromkeys(found) if text is not None and text != "*"]
+
+
+def unmatched(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The filters that no tensor's name contains."""
+    return [text for text in wanted if not any(text in name for name in names)]
+
+
+def left_out(planner: Any) -> list[str]:
+    """Modules of the models that the merged one will not have."""
+    planned = planner.config.modules
+    return [name for name in planner.arch_info.modules if name not in planned]
+
+
+def _check_tensor(asked: Asked) -> parameters.Values:
+    """Check the parameters of one weight before it is read."""
+    name, has_base = asked.info.name, asked.base is not None
+    values = parameters.resolve(
+        asked.shared, asked.weights, has_base=has_base, tensor=name
+    )
+    # Only a block may not fit, and a file's header takes a while to read.
+    shape = stored_shape(asked.tensors) if ":" in values.granularity else None
+    if shape is not None:
+        parameters.check_block(values.granularity, name, shape)
+    return values
+
+
+def planned(asked: Asked) -> Planned:
+    """How one tensor is to be merged."""
+    values = _check_tensor(asked)
+    # mergekit's mappings of parameters do not keep the models' order.
+    weights = {model: value for (model, _), value in zip(asked.weights, values.weights)}
+    in_order = [model for model in sources(asked.tensors) if model in weights]
+    return Planned(
+        name=asked.info.name,
+        tensors=asked.tensors,
+        weights=ImmutableMap({model: weights[model] for model in in_order}),
+        base=asked.base,
+        granularity=values.granularity,
+        magnitude=values.magnitude,
+        lambda_=values.lambda_,
+        info=asked.info,
+    )
+
+
+def sources(tensors: Any) -> Mapping[ModelReference, Any]:
+    """The models that mergekit's task gathers a weight from, and where it is there."""
+    if not isinstance(tensors, GatherTensors):
+        tensors = getattr(tensors, "gather_tensors", tensors)
+    return tensors.weight_info if hasattr(tensors, "weight_info") else tensors.tensors
+
+
+def names_of(tensor: Asked | Planned) -> set[str]:
+    """A tensor's name in the merge and in each model."""
+    infos = sources(tensor.tensors).values()
+    return {tensor.info.name, *(getattr(info, "name", "") for info in infos)}
+
+
+def check_shapes(name: str, info: Any, tensors: Mapping[Any, torch.Tensor]) -> None:
+    """Refuse a weight that has another shape in one of the models."""
+    shapes = {model: tuple(tensor.shape) for model, tensor in tensors.items()}
+    if len(set(shapes.values())) == 1:
+        return
+    found = ", ".join(f"{shape} in {model}" for model, shape in shapes.items())
+    # What mergekit 0.1.5 and 0.1.4 say of a weight with a row for each token.
+    axis = getattr(info, "vocabulary_axis", None)
+    vocabulary = axis is not None or getattr(info, "is_embed", False)
+    remedy = "Models of different sizes cannot be merged: use others."
+    if vocabulary and len({shape[1:] for shape in shapes.values()}) == 1:
+        remedy = (
+            "For models of different vocabularies write `tokenizer_source: union` (or "
+            "`base`)."
+        )
+    raise RuntimeError(f"nuslerp: tensor {name} differs in shape: {found}. {remedy}")
 
 
 def agree(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether integers or booleans are the same in all models, and may be copied."""
+    """Whether a tensor is the same in all models, and may be copied.
+
+    Not where a gradient is recorded, in which all of them have a part.
+    """
     first, *rest = tensors
-    return all(t.dtype == first.dtype and torch.equal(t, first) for t in rest)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (first, *rest)):
+        return False
+    return all(
+        t.dtype == first.dtype and t.shape == first.shape and torch.equal(t, first)
+        for t in rest
+    )
+
+
+def copied(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor that is the same in all models."""
+    return tensors[0].clone() if dtype is None else tensors[0].to(dtype, copy=True)
+
+
+# --- Checkpoints -------------------------------------------------------------------
+
+# What stands beside codes that a quantised checkpoint has in place of weights.
+_SCALES = re.compile(
+    r"\.(weight_scale\w*|weight\.(absmax|quant_state.*)|qweight|SCB)$|_scale_inv$"
+)
+
+
+def shards(model: ModelReference) -> Iterator[tuple[str, Sequence[str]]]:
+    """The safetensors files of a model, and what its index says is in them."""
+    index = LoaderCache().get(model).index
+    for shard in index.shards if index.is_safetensors else ():
+        file = os.path.normpath(shard.filename)
+        if os.path.isabs(file) or file.startswith(os.pardir):
+            raise ConfigError(
+                f"nuslerp: the index of model {model} names {shard.filename}, a file "
+                "outside of its folder. Do not use this checkpoint."
+            )
+        yield os.path.join(index.base_path, file), shard.contained_keys
+
+
+def _check_checkpoint(model: ModelReference) -> None:
+    """Refuse a quantised checkpoint: its codes are not weights."""
+    index = LoaderCache().get(model).index
+    sign = next(filter(_SCALES.search, index.tensor_paths), "")
+    try:
+        with open(os.path.join(index.base_path, "config.json"), "rb") as file:
+            config = json.load(file)
+    except (OSError, ValueError):  # transformers says so where it matters
+        config = {}
+    if isinstance(config, dict) and config.get("quantization_config"):
+        sign = "quantization_config in its config.json"
+    for path, _ in shards(model):
+        for name, (dtype, _) in _header(path).items():
+            if dtype.startswith("F8"):
+                sign = f"{name} in float8"
+    if sign:
+        raise ConfigError(
+            f"nuslerp: model {model} is quantised: it has {sign}. Its codes cannot be "
+            "interpolated. Use the checkpoint that it was made from, or load it with "
+            "transformers, `model.dequantize()`, and save that."
+        )
+
+
+def _check_integers(tensors: Iterable[Asked], models: Iterable[Any]) -> None:
+    """Refuse integers that differ, where a `dtype` would have mergekit cast them."""
+    integers = {
+        (model, name)
+        for model in models
+        for path, _ in shards(model)
+        for name, (dtype, _) in _header(path).items()
+        if dtype[0] in "IUB" and dtype != "BF16"
+    }
+    for entry in tensors if integers else ():
+        infos, loaders = sources(entry.tensors), LoaderCache()
+        named = [(model, info.name) for model, info in infos.items()]
+        if not integers.isdisjoint(named) and not agree(
+            loaders.get(model).get_tensor(name) for model, name in named
+        ):
+            raise ConfigError(integers_differ(entry.info.name))
+
+
+def integers_differ(tensor: str) -> str:
+    """The message about integers or booleans that differ between the models."""
+    return (
+        f"nuslerp: tensor {tensor} holds integers or booleans that differ between the "
+        "models: they cannot be interpolated. Use models that agree in it."
+    )
 
 
 def stored_shape(tensors: Any) -> tuple[int, ...] | None:
     """The shape of a weight that is still to be read, from its file's header.
 
-    Args:
-        tensors: mergekit's task that gathers it.
-
-    Returns:
-        The shape, or None where it is not to be had: with a tokenizer that changes
-        embeddings, or without safetensors.
+    None with a tokenizer that changes embeddings, or without safetensors.
     """
     if not isinstance(tensors, GatherTensors):
         return None
-    weights: Mapping[Any, Any] = tensors.weight_info
-    model, info = next(iter(weights.items()))
-    index = LoaderCache().get(model).index
-    file = index.tensor_paths.get(info.name)
+    infos = sources(tensors)
+    model = next(iter(infos))
+    index, name = LoaderCache().get(model).index, infos[model].name
+    file = index.tensor_paths.get(name)
     if not index.is_safetensors or file is None:
         return None
-    path = os.path.join(index.base_path, file)
-    return _shapes(path, os.stat(path).st_mtime_ns).get(info.name)
+    return _header(os.path.join(index.base_path, file)).get(name, ("", None))[1]
 
 
-@lru_cache(maxsize=64)
-def _shapes(path: str, _modified: int) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of all weights in a file: one header is read, not one for each weight."""
-    with safe_open(path, framework="pt") as opened:
-        names = opened.keys()
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+def _header(path: str) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes of all weights in a file."""
+    return _header_of(path, os.stat(path).st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _header_of(path: str, _modified: int) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    with safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: (part.get_dtype(), tuple(part.get_shape()))
+            for name, part in parts.items()
+        }

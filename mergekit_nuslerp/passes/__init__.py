@@ -13,21 +13,21 @@ from types import ModuleType
 
 import torch
 
-from mergekit_nuslerp import _hook
+import mergekit_nuslerp
 from mergekit_nuslerp.passes import native, portable
 
 
 def choose(inputs: Sequence[torch.Tensor]) -> ModuleType:
     """The pass that serves these inputs, of the models and the base."""
-    if _hook.portable() or portable.is_recorded(inputs) or not native.serves(inputs):
+    if mergekit_nuslerp.portable() or portable.is_recorded(inputs):
         return portable
-    return native
+    return native if native.serves(inputs) else portable
 
 
 def description() -> str:
     """Which pass serves contiguous tensors on the CPU, and why."""
-    if _hook.portable():
-        return f"portable pass (PyTorch), as {_hook.SWITCH}=portable says"
+    if mergekit_nuslerp.portable():
+        return f"portable pass (PyTorch), as {mergekit_nuslerp.SWITCH}=portable says"
     if native.FAILURE:
         return f"portable pass (PyTorch), since {native.FAILURE}"
     return "native pass (C++)"
