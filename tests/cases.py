@@ -41,17 +41,23 @@ def need_native() -> None:
     assert not native.FAILURE
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several would wait for each other, as tests run side by side."""
+    with threads(1):
+        yield
+
+
 @pytest.fixture(autouse=True, params=["native", "portable"])
 def each_pass(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
-    """Runs every test of a module that imports it with either pass, in one thread."""
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> str:
+    """Runs every test of a module that imports it with either pass."""
     if request.param == "native":
         need_native()
     else:
         monkeypatch.setenv("MERGEKIT_NUSLERP", "portable")
-    with threads(1):
-        yield request.param
+    return request.param
 
 
 @contextmanager

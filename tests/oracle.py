@@ -107,13 +107,13 @@ def _karcher(
     share = weights.unsqueeze(-1)
     mean = _unit((share * units).sum(-2))
     moving = torch.ones(len(units), dtype=torch.bool)
-    for _ in range(2000):
+    for _ in range(20000):
         here = mean[moving]
         step = (share * log_maps(here, units[moving])).sum(-2)
         size = step.norm(dim=-1, keepdim=True)
         way = _unit(step)
         mean[moving] = _unit(torch.cos(size) * here + torch.sin(size) * way)
-        moving[moving.clone()] = size.squeeze(-1) > 4e-15
+        moving[moving.clone()] = size.squeeze(-1) > 2e-14
         if not moving.any():
             break
     return mean, ~moving

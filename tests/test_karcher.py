@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from cases import normal, uniform, unit
+from cases import one_thread as one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import angle, largest_coefficient, log_maps

@@ -37,6 +37,7 @@ from cases import (
     with_and_without_base,
 )
 from cases import each_pass as each_pass
+from cases import one_thread as one_thread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_rounded_once, granularities, oracle, reference, vectors

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,12 +25,12 @@ from cases import (
     rows_or_columns,
     rows_with_faults,
     sliced,
-    threads,
     transposed,
     two_or_three,
     whole_numbers,
     with_and_without_base,
 )
+from cases import one_thread as one_thread
 from oracle import assert_rounded_once
 
 from mergekit_nuslerp import nuslerp, passes
@@ -47,11 +46,10 @@ all_types = pytest.mark.parametrize(("stored", "working"), TYPES, ids=str)
 
 
 @pytest.fixture(params=[native, portable], ids=["native", "portable"])
-def one_pass(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+def one_pass(request: pytest.FixtureRequest) -> ModuleType:
     if request.param is native:
         need_native()
-    with threads(1):
-        yield request.param
+    return request.param
 
 
 # --- which of them serves --------------------------------------------------------

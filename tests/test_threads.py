@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -142,6 +143,7 @@ def test_eight_python_threads_at_once_agree_with_one(large, granularity):
 def run(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", script],
+        cwd=tempfile.gettempdir(),  # not where the sources are, which have no C++ part
         capture_output=True,
         text=True,
         timeout=120,
