@@ -24,6 +24,18 @@ EXAMPLES = REPOSITORY / "example_configs"
 # Of the tiny checkpoints that most tests share.
 LAYERS = 4
 
+# A merge of them.
+CONFIG = """
+merge_method: nuslerp
+base_model: ./base
+models:
+  - model: ./sft
+    parameters: {weight: 0.3}
+  - model: ./kd
+    parameters: {weight: 0.7}
+dtype: bfloat16
+"""
+
 
 class Finished(NamedTuple):
     """What a command left behind."""

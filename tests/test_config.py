@@ -18,7 +18,7 @@ import yaml
 from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from safetensors.torch import save_file
-from support import LAYERS, load_tensors, merge_here
+from support import CONFIG, LAYERS, load_tensors, merge_here
 
 from mergekit_nuslerp import parameters, plugin
 from mergekit_nuslerp.adapters import planning
@@ -27,17 +27,6 @@ from mergekit_nuslerp.parameters import ConfigError
 # mergekit 0.1.4 takes only numbers for parameters, and passes on what only one model
 # is listed for.
 TYPED = hasattr(merge_methods, "registered_methods")
-
-CONFIG = """
-merge_method: nuslerp
-base_model: ./base
-models:
-  - model: ./sft
-    parameters: {weight: 0.3}
-  - model: ./kd
-    parameters: {weight: 0.7}
-dtype: bfloat16
-"""
 
 
 @pytest.fixture

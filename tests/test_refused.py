@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from mergekit import merge_methods
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from support import (
+    CONFIG,
     merge_here,
     working_directory,
 )
@@ -23,17 +24,6 @@ from mergekit_nuslerp.parameters import ConfigError
 # mergekit 0.1.4 takes only numbers for parameters, and passes on what only one model
 # is listed for.
 TYPED = hasattr(merge_methods, "registered_methods")
-
-CONFIG = """
-merge_method: nuslerp
-base_model: ./base
-models:
-  - model: ./sft
-    parameters: {weight: 0.3}
-  - model: ./kd
-    parameters: {weight: 0.7}
-dtype: bfloat16
-"""
 
 
 def weight(value):
