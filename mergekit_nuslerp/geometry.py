@@ -256,5 +256,5 @@ def _sqrt(positive: torch.Tensor) -> torch.Tensor:
 
 
 def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    # No `@`, which autocast would round, and which waits for threads.
+    # No `@`, which waits for threads.
     return (matrix * vector.unsqueeze(-2)).sum(-1)
