@@ -23,18 +23,6 @@ NAMES = ("tensor", "matrix", "row", "column", "row:N", "column:N")
 FIRST_DIMENSION = "dim0"
 
 
-def from_flags(*, flatten: bool, row_wise: bool) -> str:
-    """Translate mergekit's two flags.
-
-    `nuslerp_row_wise: true` makes the vectors run along dimension 0, so that one
-    vector is a *column* W[:, j] of a matrix; `false` makes them run along the last
-    dimension, and one vector is a *row* W[i, :].
-    """
-    if flatten:
-        return "tensor"
-    return FIRST_DIMENSION if row_wise else "row"
-
-
 def parse(granularity: str) -> tuple[str, int]:
     """Split a granularity into its kind and the rows or columns in a block.
 

@@ -202,9 +202,10 @@ def choose_granularity(shared: Mapping[str, Any], *, where: str = "") -> str:
     row_wise = shared.get("nuslerp_row_wise")
     named = shared.get("nuslerp_granularity")
     if named is None:
-        return granularity.from_flags(
-            flatten=flatten is not False, row_wise=bool(row_wise)
-        )
+        # mergekit's `nuslerp_row_wise: true` makes vectors run along dimension 0, so
+        # that one is a *column* of a matrix; `false` along the last, and one is a row.
+        by_row = granularity.FIRST_DIMENSION if row_wise else "row"
+        return "tensor" if flatten is not False else by_row
     kind, _ = granularity.parse(named)
     # mergekit reads `nuslerp_row_wise` only where `nuslerp_flatten` is false.
     against = {

@@ -113,7 +113,7 @@ REFUSED = {
         weight(value): ("'weight' of model ./kd", given, "finite number, of at most")
         for value, given in NO_NUMBERS.items()
     },
-    weight("1.0e+301"): ("'weight' of model ./kd", "1e+301", "embed_tokens"),
+    weight("1.0e+301"): ("'weight' of model ./kd", "1e+301"),
     weight("[{filter: mlp, value: 0.4}]"): (
         "'weight'",
         "./kd",
