@@ -79,7 +79,7 @@ def register() -> None:
     import importlib
 
     if not switched_off():
-        importlib.import_module(REGISTRY)
+        importlib.import_module("mergekit.merge_methods")  # and its registry
         _install()
 
 
