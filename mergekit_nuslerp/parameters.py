@@ -373,26 +373,21 @@ def check_models(
     where = f" for tensor {tensor}" if tensor else f" in {place}" if place else ""
     others = [str(model) for model in models if model != base]
     listed = f" ({', '.join(others)})" if others else ""
-    same = (
-        "Use models with the same tensors, or `mergekit-pytorch --tensor-intersection`."
-    )
-    if base is not None and base not in models:
-        if tensor:
-            remedy = (
-                f"The base model {base} does not have it, so there is no task vector. "
-                f"{same}"
-            )
-        else:
-            remedy = (
-                f"The base model {base} is not among the models{listed}. Add it to the "
-                "sources, without a weight, or remove `base_model`."
-            )
-        raise ConfigError(f"nuslerp: Base input is not present{where}. {remedy}")
-    if len(others) >= MIN_MODELS:
+    lacks_base = base is not None and base not in models
+    if len(others) >= MIN_MODELS and not lacks_base:
         return
     if tensor:
-        remedy = f"The others do not have it. {same}"
-    elif base is not None and len(models) == MIN_MODELS:
+        lacking = f"The base model {base} does" if lacks_base else "The others do"
+        remedy = (
+            f"{lacking} not have it. Use models with the same tensors, or "
+            "`mergekit-pytorch --tensor-intersection`."
+        )
+    elif lacks_base:
+        remedy = (
+            f"The base model {base} is not among the models{listed}. Add it to the "
+            "sources, without a weight, or remove `base_model`."
+        )
+    elif base is not None and len(others) == 1:
         remedy = (
             f"Besides the base model {base} there is only {others[0]}. To merge task "
             "vectors, list two models besides the base; to interpolate these two, list "
@@ -404,8 +399,9 @@ def check_models(
             "take one model as it is, list another one with `weight: 0`."
         )
     raise ConfigError(
-        f"nuslerp: at least {MIN_MODELS} models besides the base are merged, but there "
-        f"{'is' if len(others) == 1 else 'are'} {len(others)}{where}{listed}. {remedy}"
+        f"nuslerp: at least {MIN_MODELS} models and the base, if there is one, are "
+        f"merged, but there {'is' if len(others) == 1 else 'are'} {len(others)}{where}"
+        f"{listed}. {remedy}"
     )
 
 

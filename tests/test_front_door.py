@@ -75,6 +75,11 @@ def test_switched_off_it_is_mergekits_own_merge(checkpoints, models, tmp_path):
     assert merged[name].equal(
         base + own(0.7, first - base, second - base, flatten=True)
     )
+    config.write_text(yaml.dump({**CONFIG, "parameters": {"lambda": 0.5}}))
+    done = run_mergekit(config, tmp_path / "other", cwd=checkpoints, env=off)
+    assert done.returncode != 0
+    assert "MERGEKIT_NUSLERP=0 asks for, has no parameter 'lambda'" in done.stderr
+    assert not [*tmp_path.glob("other/*.safetensors")]
 
 
 def test_mergekit_pytorch(checkpoints, models, tmp_path):

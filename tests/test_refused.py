@@ -189,8 +189,12 @@ REFUSED = {
     # Models.
     listing("./sft"): ("Besides the base model ./base there is only ./sft",),
     listing("./sft", "./kd", base="./sft"): ("./sft there is only ./kd",),
-    listing("./sft", "./kd", "./kd"): ("model ./kd is listed 2 times", "another one"),
-    slices("./base ./sft ./kd ./kd", ranges=["[0, 4]"]): ("./kd is listed 2 times",),
+    listing("./sft", "./kd", "./kd"): (
+        "./kd and ./kd",
+        "are the same model",
+        "another one",
+    ),
+    slices("./base ./sft ./kd ./kd", ranges=["[0, 4]"]): ("./kd and ./kd",),
     **{
         listing("./sft", other): (f"./sft and {other}", "are the same model")
         for other in ("sft", "sft/", "././sft", "./kd/../sft", "link")

@@ -24,7 +24,7 @@ import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import ParameterSetting
 from mergekit.io.tasks import GatherTensors, LoaderCache
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mergekit_nuslerp import parameters, plugin
 from mergekit_nuslerp.kernel import NonFiniteError, RangeError, merge_batch
@@ -146,12 +146,10 @@ _FORMS = {
     "slices": "a list, with `- sources: [...]` for each",
     "sources": "a list, with `model`, `layer_range` and `parameters` for each",
     "modules": "a name and `models` or `slices` for each module",
-    "model": "a path, or a name on the hub",
-    "base_model": "a path, or a name on the hub",
+    **dict.fromkeys(("model", "base_model"), "a path, or a name on the hub"),
     "layer_range": "two whole numbers, `[0, 16]`",
     "parameters": "names and values, `{weight: 0.5}`",
-    "dtype": "a name, such as `bfloat16`",
-    "out_dtype": "a name, such as `bfloat16`",
+    **dict.fromkeys(("dtype", "out_dtype"), "a name, such as `bfloat16`"),
     "tokenizer_source": "`union`, `base` or a model",
     "tokenizer": "`{source: union}`, with `tokens` if need be",
     "chat_template": "a name or a template",
@@ -317,26 +315,20 @@ def _check_inputs(place: str, inputs: Sequence[Any], base: Any) -> None:
     models = [entry.model for entry in inputs]
     if not models:
         raise ConfigError(f"config: `{place}.sources` must be a list of models.")
-    for model in models:
-        if models.count(model) > 1:
-            raise ConfigError(
-                f"nuslerp: model {model} is listed {models.count(model)} times among "
-                "the same inputs, but a merge takes each model once. Remove it or "
-                "write another one; to merge layers of one model with each other, list "
-                "a copy of its folder."
-            )
-    listed = list(dict.fromkeys(models if base is None else [*models, base]))
-    first: dict[Any, ModelReference] = {}
+    listed = models if base is None or base in models else [*models, base]
+    found: dict[Any, ModelReference] = {}
     for model in listed:
         path, lora = model.model, model.lora
         adapted = lora and (_real(lora.path), lora.revision)
         key = _real(path.path), path.revision, adapted, model.override_architecture
-        other = first.setdefault(key, model)
-        if other is not model:
+        if key in found:
             raise ConfigError(
-                f"nuslerp: {other} and {model} in {place} are the same model. Write it "
-                "the same way in both places, or list another one."
+                f"nuslerp: {found[key]} and {model} in {place} are the same model, and "
+                "a merge takes each once. List another one, or write the base the same "
+                "way in both places; to merge layers of one model with each other, "
+                "list a copy of its folder."
             )
+        found[key] = model
     # mergekit adds the base itself, but not to slices.
     given = models if hasattr(inputs[0], "layer_range") else listed
     if len(given) > 1 or not plugin.adapter().PASSES_ON:
@@ -366,8 +358,7 @@ class Setting(NamedTuple):
 
 def settings_of(node: Any) -> Iterator[Setting]:
     """All values in a config, from the outside in, those of a gradient one by one."""
-    # By type, as asking pydantic's models for what they are takes long.
-    if hasattr(type(node), "model_fields"):
+    if isinstance(node, BaseModel):
         fields = vars(node)
         for name, setting in (fields.get("parameters") or {}).items():
             for choice in _listed(setting):
@@ -375,12 +366,8 @@ def settings_of(node: Any) -> Iterator[Setting]:
                 for value in _listed(getattr(choice, "value", choice)):
                     yield Setting(fields.get("model"), name, text, value)
         node = [fields[name] for name in fields if name not in ("parameters", "model")]
-    for part in node.values() if type(node) is dict else node:
-        if (
-            type(part) is dict
-            or type(part) is list
-            or hasattr(type(part), "model_fields")
-        ):
+    for part in node.values() if isinstance(node, dict) else node:
+        if isinstance(part, (dict, list, BaseModel)):
             yield from settings_of(part)
 
 
