@@ -29,6 +29,7 @@ TABLES = {
     "batches": "busy.batches",
     "whole": "whole.table",
     "inspecting": "inspecting.table",
+    "planning": "planning.table",
     "accelerator": "limit.accelerator",
 }
 

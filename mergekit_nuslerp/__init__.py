@@ -79,7 +79,7 @@ def register() -> None:
     import importlib
 
     if not switched_off():
-        importlib.import_module(REGISTRY)
+        importlib.import_module("mergekit.merge_methods")  # and its registry
         _install()
 
 
@@ -102,6 +102,8 @@ def _install(executed: Any = None) -> None:
     registry: Any = sys.modules.get(REGISTRY)
     plan: Any = sys.modules.get(PLAN)
     first = registry or plan
+    if switched_off() and plan is executed is not None:
+        _ask_first(plan, _check_own)
     if switched_off() or first is None:
         return
     if first is not executed and getattr(first.__spec__, "_initializing", False):
@@ -129,12 +131,29 @@ def _refuse(error: Exception, registry: Any, plan: Any) -> None:
     for methods in list(vars(registry or sys).values()):
         if isinstance(methods, dict) and "nuslerp" in methods:
             methods["nuslerp"] = _Refused(methods["nuslerp"], fail)
+    _ask_first(plan, fail)
+
+
+def _check_own(config: Any) -> None:
+    """Refuse what mergekit's own `nuslerp` would ignore, so write another model."""
+    for name in ("lambda", "nuslerp_granularity", "nuslerp_magnitude"):
+        if repr(name) in repr(config):
+            raise RuntimeError(
+                f"mergekit's own nuslerp, which {SWITCH}={os.environ[SWITCH]} asks "
+                f"for, has no parameter {name!r}. Remove it, or unset {SWITCH}."
+            )
+
+
+def _ask_first(plan: Any, refuse: Any) -> None:
+    """Have mergekit's planner ask before it plans a merge by `nuslerp`."""
     planner = getattr(plan, "MergePlanner", None)
     own = getattr(planner, "_plan", None)
     if planner is not None and own is not None:
 
         def _plan(self: Any) -> Any:
-            return fail() if self.config.merge_method == "nuslerp" else own(self)
+            if self.config.merge_method == "nuslerp":
+                refuse(self.config)
+            return own(self)
 
         planner._plan = _plan
 

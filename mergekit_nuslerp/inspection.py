@@ -202,8 +202,7 @@ def inspect(
         ),
     )
     planner.is_inspection = True
-    wanted = planning.filters(planning.parts_of(config))
-    adapter = plugin.adapter()
+    wanted = planning.filters(planning.settings_of(config))
     targets = [
         target
         for target in planner.plan_to_disk(out_path="")  # only plans
@@ -211,13 +210,13 @@ def inspect(
     ]
     tasks, copied = [], []
     for target in targets:
-        asked = adapter.asked(target.tensor_task)
-        if asked is None:
+        planned = plugin.adapter().planned(target.tensor_task)
+        if planned is None:
             copied.append(
                 Skipped(name=target.tensor_name, reason="one model is listed")
             )
         else:
-            tasks.append(_Measure(planned=planning.planned(asked)))
+            tasks.append(_Measure(planned=planned))
     found: dict[str, TensorGeometry | Skipped] = {}
     if progress:
         progress(0, len(tasks))
@@ -226,7 +225,7 @@ def inspect(
         found[task.planned.name] = measured
         if progress:
             progress(len(found), len(tasks))
-    names = {name for task in tasks for name in planning.names_of(task.planned)}
+    names = {name for task in tasks for name in task.planned.names}
     in_order = [found[task.planned.name] for task in tasks]
     tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
     return Inspection(
@@ -297,10 +296,10 @@ class _Measure(Task[Any]):
                 raise ConfigError(planning.integers_differ(planned.name))
             return Skipped(name=planned.name, reason="its numbers are not fractional")
         check_models(list(tensors), planned.base, tensor=planned.name)
-        tensors = plugin.adapter().aligned(planned, tensors)
+        tensors = plugin.adapter().aligned(planned.info, tensors)
         planning.check_shapes(planned.name, planned.info, tensors)
         shape = next(iter(tensors.values())).shape
-        check_block(planned.granularity, planned.name, shape)
+        check_block(planned.values.granularity, planned.name, shape)
         try:
             return measure(planned, tensors)
         except (OverflowError, ValueError):
@@ -323,7 +322,7 @@ def measure(
     base = None if planned.base is None else tensors[planned.base]
     inputs = [tensors[model] for model in models]
     try:
-        grams = gram_matrices(inputs, base=base, granularity=planned.granularity)
+        grams = gram_matrices(inputs, base=base, granularity=planned.values.granularity)
     except (NonFiniteError, RangeError) as error:
         raise named(error, planned.name, models, planned.base) from None
     return _described(planned, models, inputs, base, grams)
@@ -339,14 +338,12 @@ def _described(
     """What Gram matrices say about a tensor's merge."""
     given = inputs if base is None else [*inputs, base]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
-    count = len(models)
+    count, values = len(models), planned.values
     grams = grams.cpu()
     base_norm = None if base is None else float(gram_matrices([base]).sqrt())
     given_weights = [planned.weights[model] for model in models]
     weights = normalize_weights(torch.tensor(given_weights, dtype=grams.dtype))
-    coefficients, unique = mean_coefficients(
-        grams, weights, magnitude=planned.magnitude
-    )
+    coefficients, unique = mean_coefficients(grams, weights, magnitude=values.magnitude)
     squares = grams.diagonal(dim1=-2, dim2=-1)
     norms = squares.sum(0).sqrt()
     linear = _length(weights.expand_as(coefficients), grams)
@@ -361,10 +358,10 @@ def _described(
         projection=stem[layer.end() :] if layer else stem,
         shape=list(inputs[0].shape),
         dtype=str(dtype).removeprefix("torch."),
-        granularity=planned.granularity,
-        magnitude=planned.magnitude,
+        granularity=values.granularity,
+        magnitude=values.magnitude,
         zero_sum=sums_to_zero(given_weights),
-        lambda_=planned.lambda_,
+        lambda_=values.lambda_,
         t=float(weights[1]) if count == 2 else None,
         vectors=len(grams),
         base=None if planned.base is None else str(planned.base),

@@ -196,25 +196,16 @@ def _example(name: str) -> str:
     return (examples or [f"`{name}` under `parameters`"])[0]
 
 
-def from_flags(*, flatten: bool, row_wise: bool) -> str:
-    """The granularity that mergekit's two flags mean.
-
-    `nuslerp_row_wise: true` makes the vectors run along dimension 0, so that one
-    vector is a *column* W[:, j] of a matrix; `false` makes them run along the last
-    dimension, and one vector is a *row* W[i, :].
-    """
-    if flatten:
-        return "tensor"
-    return granularity.FIRST_DIMENSION if row_wise else "row"
-
-
 def choose_granularity(shared: Mapping[str, Any], *, where: str = "") -> str:
     """The granularity that three parameters, as far as given, ask for together."""
     flatten = shared.get("nuslerp_flatten")
     row_wise = shared.get("nuslerp_row_wise")
     named = shared.get("nuslerp_granularity")
     if named is None:
-        return from_flags(flatten=flatten is not False, row_wise=bool(row_wise))
+        # mergekit's `nuslerp_row_wise: true` makes vectors run along dimension 0, so
+        # that one is a *column* of a matrix; `false` along the last, and one is a row.
+        by_row = granularity.FIRST_DIMENSION if row_wise else "row"
+        return "tensor" if flatten is not False else by_row
     kind, _ = granularity.parse(named)
     # mergekit reads `nuslerp_row_wise` only where `nuslerp_flatten` is false.
     against = {
@@ -382,26 +373,21 @@ def check_models(
     where = f" for tensor {tensor}" if tensor else f" in {place}" if place else ""
     others = [str(model) for model in models if model != base]
     listed = f" ({', '.join(others)})" if others else ""
-    same = (
-        "Use models with the same tensors, or `mergekit-pytorch --tensor-intersection`."
-    )
-    if base is not None and base not in models:
-        if tensor:
-            remedy = (
-                f"The base model {base} does not have it, so there is no task vector. "
-                f"{same}"
-            )
-        else:
-            remedy = (
-                f"The base model {base} is not among the models{listed}. Add it to the "
-                "sources, without a weight, or remove `base_model`."
-            )
-        raise ConfigError(f"nuslerp: Base input is not present{where}. {remedy}")
-    if len(others) >= MIN_MODELS:
+    lacks_base = base is not None and base not in models
+    if len(others) >= MIN_MODELS and not lacks_base:
         return
     if tensor:
-        remedy = f"The others do not have it. {same}"
-    elif base is not None and len(models) == MIN_MODELS:
+        lacking = f"The base model {base} does" if lacks_base else "The others do"
+        remedy = (
+            f"{lacking} not have it. Use models with the same tensors, or "
+            "`mergekit-pytorch --tensor-intersection`."
+        )
+    elif lacks_base:
+        remedy = (
+            f"The base model {base} is not among the models{listed}. Add it to the "
+            "sources, without a weight, or remove `base_model`."
+        )
+    elif base is not None and len(others) == 1:
         remedy = (
             f"Besides the base model {base} there is only {others[0]}. To merge task "
             "vectors, list two models besides the base; to interpolate these two, list "
@@ -413,8 +399,9 @@ def check_models(
             "take one model as it is, list another one with `weight: 0`."
         )
     raise ConfigError(
-        f"nuslerp: at least {MIN_MODELS} models besides the base are merged, but there "
-        f"{'is' if len(others) == 1 else 'are'} {len(others)}{where}{listed}. {remedy}"
+        f"nuslerp: at least {MIN_MODELS} models and the base, if there is one, are "
+        f"merged, but there {'is' if len(others) == 1 else 'are'} {len(others)}{where}"
+        f"{listed}. {remedy}"
     )
 
 

@@ -102,8 +102,9 @@ def try_merge() -> None:
 
 
 def announce_merge() -> None:
-    """Announce the plugin, unless mergekit is only being tried."""
+    """Try mergekit and announce the plugin, unless this is the trial."""
     if not _trying:
+        try_merge()
         announce()
 
 

@@ -24,7 +24,7 @@ from mergekit.merge_methods.slerp import slerp as mergekit_slerp_function
 from oracle import vectors
 
 from mergekit_nuslerp import nuslerp
-from mergekit_nuslerp.parameters import from_flags
+from mergekit_nuslerp.parameters import choose_granularity
 
 # Where vectors happen to have no unique mean, that is looked at as well.
 pytestmark = pytest.mark.filterwarnings("ignore:.*no unique spherical mean")
@@ -88,7 +88,9 @@ def test_nuslerp(with_base, flags, shape, weights):
     flatten, row_wise = flags
     if BEFORE_0_1_5 and shape == (1, 16, 16) and flags == FLAGS["last dim"]:
         pytest.skip("mergekit 0.1.4 squeezes away the dimension of size one")
-    granularity = from_flags(flatten=flatten, row_wise=row_wise)
+    granularity = choose_granularity(
+        {"nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+    )
     total = sum(weights)
     t = weights[1] / total if total else 0.5
     for kind in KINDS:

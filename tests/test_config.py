@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from mergekit import merge_methods
+from mergekit.architecture import auto
 from mergekit.config import MergeConfiguration
 from safetensors.torch import save_file
 from support import CONFIG, LAYERS, load_tensors, merge_here
@@ -192,11 +193,17 @@ def test_weights_that_sum_to_zero_are_told_for_the_first_tensors(
     assert len(more) == (len(told) >= 3)
 
 
+# A tensor that may be of any kind: mergekit 0.1.4 has transformers load those that it
+# knows, and 0.1.5 leaves out the others.
+LOOSE = "model.norm.weight" if TYPED else "model.loose"
+
+
 @pytest.fixture
 def altered(checkpoints, tmp_path):
     """Copies of `base`, `sft` and `kd`, in an architecture found out from the files."""
 
     def run(change):
+        auto.infer_architecture_info.cache_clear()  # which goes by a model's path
         folder = tmp_path / "altered"
         for name in ("base", "sft", "kd"):
             to = folder / name
@@ -276,7 +283,7 @@ def test_quantised_checkpoints_are_refused(quantise, sign, altered, merged):
 @pytest.mark.parametrize("dtype", ["", "dtype: float32"])
 @pytest.mark.parametrize("is_same", [True, False])
 def test_integers_are_copied_or_refused(dtype, is_same, altered, merged):
-    name = "model.norm.weight"
+    name = LOOSE
 
     def change(model, tensors, _settings):
         tensors[name] = torch.arange(4) + (0 if is_same else len(model))
@@ -288,13 +295,13 @@ def test_integers_are_copied_or_refused(dtype, is_same, altered, merged):
             torch.arange(4).to(torch.float32 if dtype else torch.int64)
         )
     else:
-        with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        with pytest.raises(ValueError, match=LOOSE):
             merged(text, folder)
 
 
 @pytest.mark.parametrize("lone", ["base", "sft", None])
 def test_buffers_that_are_the_same_are_copied(lone, altered, merged):
-    name = "model.norm.weight"
+    name = LOOSE
     mask = torch.tensor([[0.0, -torch.inf], [0.1, 1e30]], dtype=torch.float64)
 
     def change(model, tensors, _settings):
@@ -305,7 +312,7 @@ def test_buffers_that_are_the_same_are_copied(lone, altered, merged):
     if lone is None:
         assert merged(text, folder)[0][name].equal(mask)
     else:
-        with pytest.raises(ValueError, match=r"norm\.weight of .* NaN or infinity"):
+        with pytest.raises(ValueError, match=rf"{LOOSE} of .* NaN or infinity"):
             merged(text, folder)
 
 

@@ -75,6 +75,11 @@ def test_switched_off_it_is_mergekits_own_merge(checkpoints, models, tmp_path):
     assert merged[name].equal(
         base + own(0.7, first - base, second - base, flatten=True)
     )
+    config.write_text(yaml.dump({**CONFIG, "parameters": {"lambda": 0.5}}))
+    done = run_mergekit(config, tmp_path / "other", cwd=checkpoints, env=off)
+    assert done.returncode != 0
+    assert "MERGEKIT_NUSLERP=0 asks for, has no parameter 'lambda'" in done.stderr
+    assert not [*tmp_path.glob("other/*.safetensors")]
 
 
 def test_mergekit_pytorch(checkpoints, models, tmp_path):
@@ -166,7 +171,7 @@ def test_merge_state_dicts_in_batches():
 
 @only_batched
 def test_a_batch_is_one_kernel_call(monkeypatch):
-    import mergekit_nuslerp.adapters.batch as adapter
+    from mergekit_nuslerp.adapters import planning as adapter
 
     calls, kernel = [], adapter.merge_batch
     monkeypatch.setattr(
@@ -241,7 +246,7 @@ def test_mistakes_of_direct_callers():
     a, b = torch.randn(2, 8)
     with pytest.raises(parameters.ConfigError, match="'weight' of model 0 is missing"):
         merge_tensors([a, b], "nuslerp")
-    with pytest.raises(parameters.ConfigError, match="there is 1"):
+    with pytest.raises(ValueError, match="at least 2 non-base inputs"):
         merge_tensors([a], "nuslerp", parameters={"weight": 1.0})
     with pytest.raises(parameters.ConfigError, match="'lambda' is 0"):
         merge_tensors([a, b], "nuslerp", parameters={"weight": 1.0, "lambda": 0.5})

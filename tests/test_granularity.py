@@ -15,7 +15,7 @@ from oracle import granularities, vectors
 
 from mergekit_nuslerp import nuslerp
 from mergekit_nuslerp.granularity import pieces, slices, vector_view
-from mergekit_nuslerp.parameters import from_flags
+from mergekit_nuslerp.parameters import choose_granularity
 
 GRANULARITIES = ["tensor", "matrix", "row", "column", "dim0"]
 SHAPES = [(), (5,), (1,), (3, 4), (1, 4), (3, 1), (2, 3, 4), (2, 3, 4, 5)]
@@ -129,7 +129,9 @@ def test_flags_mean_what_they_mean_to_mergekit(flatten, row_wise):
         # mergekit moves the dimension that it sums over to the end.
         dim = 0 if row_wise else -1
         expected = weight.movedim(dim, -1).flatten(0, -2)
-    granularity = from_flags(flatten=flatten, row_wise=row_wise)
+    granularity = choose_granularity(
+        {"nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+    )
     assert viewed(weight[None], granularity) == expected.tolist()
 
 

@@ -23,6 +23,7 @@ import pytest
 from click.testing import CliRunner
 from mergekit import merge_methods
 from support import (
+    REPOSITORY,
     Finished,
     clean_environment,
     load_tensors,
@@ -147,19 +148,20 @@ def changed_mergekit(
     return str(folder)
 
 
-def merge_by(path: str, checkpoints: Path, out: Path, *command: str) -> Finished:
+def merge_by(
+    path: str, checkpoints: Path, out: Path, *command: str, scale: str = "0.5"
+) -> Finished:
     """Run mergekit-yaml, or another command, with a mergekit from a folder."""
     config = out.parent / "config.yaml"
     config.write_text(
         "merge_method: nuslerp\nbase_model: ./base\nmodels:\n"
         "  - {model: ./sft, parameters: {weight: 0.3}}\n"
         "  - {model: ./kd, parameters: {weight: 0.7}}\n"
-        "parameters: {lambda: 0.5}\n"
+        f"parameters: {{lambda: {scale}}}\n"
     )
     words = command or ("mergekit.scripts.run_yaml",)
-    outputs = [] if "inspect" in words else [out]
     return run_command(
-        *(sys.executable, "-W", "ignore", "-m", *words, config, *outputs),
+        *(sys.executable, "-W", "ignore", "-m", *words, config, out),
         cwd=checkpoints,
         env=clean_environment(PYTHONPATH=os.pathsep.join([path, *_OURS])),
     )
@@ -188,10 +190,12 @@ STRANGE = {
         {".py": ("_METHODS" if _BATCHED else "REGISTERED_MERGE_METHODS", "_TABLE")},
         "keeps its merge methods in another way",
     ),
-    "no base class": (
-        {"merge_methods/base.py": ("class TensorBatch", "class OtherBatch")}
-        if _BATCHED
-        else {"merge_methods/base.py": ("ConfigParameterDef", "ConfigParameter")},
+    "the registry's module": (
+        {".py": ("merge_methods.registry", "merge_methods.table")},
+        "keeps its merge methods in another way",
+    ),
+    "no class of methods": (
+        {".py": ("BatchedMergeMethod" if _BATCHED else "MergeMethod", "Method")},
         "cannot import name",
     ),
     "a kernel's signature": (
@@ -207,18 +211,86 @@ STRANGE = {
     ),
 }
 
+# All ways to a merge, and what each says before it ends with an error.
+_WAYS = """
+import json, sys, yaml
+from click.testing import CliRunner
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+from mergekit_nuslerp import cli
 
-@pytest.mark.parametrize(
-    "name, command", [*((name, "") for name in STRANGE), ("no base class", "inspect")]
-)
-def test_a_mergekit_that_does_not_fit_is_refused(name, command, checkpoints, tmp_path):
+def python(config, out):
+    with open(config) as file:
+        written = yaml.safe_load(file)
+    run_merge(MergeConfiguration.model_validate(written), out, MergeOptions())
+
+config, out = sys.argv[1:]
+said = {}
+for command, *words in (
+    (mergekit_yaml, config, out),
+    (cli.main, "run", config, out),
+    (cli.main, "inspect", config),
+):
+    done = CliRunner().invoke(command, words)
+    said[words[0]] = f"{done.output} {done.exception}" if done.exit_code else "nothing"
+try:
+    python(config, out)
+except Exception as error:
+    said["python"] = str(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_mergekit_that_does_not_fit_is_refused(name, checkpoints, tmp_path):
     changes, reason = STRANGE[name]
     path = changed_mergekit(tmp_path, "0.1.6", changes)
-    words = ("mergekit_nuslerp.cli", "inspect") if command else ()
-    done = merge_by(path, checkpoints, tmp_path / "out", *words)
+    registry = Path(path, "mergekit/merge_methods/registry.py")
+    if "module" in name:
+        registry.rename(registry.with_name("table.py"))
+    (tmp_path / "ways.py").write_text(_WAYS, "utf-8")
+    done = merge_by(path, checkpoints, tmp_path / "out", "ways")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert len(said) == 4
+    assert all(reason in words for words in said.values()), said
+    assert not [*tmp_path.glob("out/*.safetensors")]
+
+
+def test_mergekit_yaml_ends_with_the_reason(checkpoints, tmp_path):
+    changes, reason = STRANGE["no class of methods"]
+    path = changed_mergekit(tmp_path, "0.1.6", changes)
+    done = merge_by(path, checkpoints, tmp_path / "out")
     assert done.returncode != 0
     assert reason in done.stderr, done.stderr
     assert not [*tmp_path.glob("out/*.safetensors")]
+
+
+@pytest.mark.parametrize(
+    "file, name, other",
+    [(".py", "MergeConfiguration", "Settings"), ("plan.py", "_plan(", "_plan_all(")],
+)
+def test_without_a_seam_tensors_are_checked_in_their_turn(
+    file, name, other, checkpoints, tmp_path
+):
+    """And the test of the seams, in test_config.py, fails then."""
+    path = changed_mergekit(tmp_path, "0.1.6", {file: (name, other)})
+    done = merge_by(path, checkpoints, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    done = merge_by(path, checkpoints, tmp_path / "other", scale=".nan")
+    assert done.returncode != 0
+    assert "parameter 'lambda'" in done.stderr, done.stderr
+    assert ("for tensor" in done.stderr) == (name == "_plan(")
+    test = REPOSITORY / "tests/test_config.py::test_mergekit_has_what_is_wrapped"
+    words = (sys.executable, "-m", "pytest", "-n", "0", test)
+    environment = clean_environment(PYTHONPATH=path)
+    done = run_command(*words, cwd=REPOSITORY, env=environment)
+    assert done.returncode != 0
+    assert f"has no attribute '{name}'".replace("('", "'") in done.stdout or (
+        f"cannot import name '{name}'" in done.stdout
+    ), done.stdout
 
 
 def test_switched_off_mergekit_has_its_own_method():

@@ -11,15 +11,12 @@ import shutil
 import pytest
 from click.testing import CliRunner
 from mergekit import merge_methods
-from mergekit.io.tasks import LoaderCache, LoadTensor
-from support import (
-    CONFIG,
-    merge_here,
-    working_directory,
-)
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.io.tasks import LoaderCache
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+from support import CONFIG, run_mergekit, working_directory
 
 from mergekit_nuslerp import cli
-from mergekit_nuslerp.parameters import ConfigError
 
 # mergekit 0.1.4 takes only numbers for parameters, and passes on what only one model
 # is listed for.
@@ -113,7 +110,7 @@ REFUSED = {
         weight(value): ("'weight' of model ./kd", given, "finite number, of at most")
         for value, given in NO_NUMBERS.items()
     },
-    weight("1.0e+301"): ("'weight' of model ./kd", "1e+301", "embed_tokens"),
+    weight("1.0e+301"): ("'weight' of model ./kd", "1e+301"),
     weight("[{filter: mlp, value: 0.4}]"): (
         "'weight'",
         "./kd",
@@ -192,8 +189,12 @@ REFUSED = {
     # Models.
     listing("./sft"): ("Besides the base model ./base there is only ./sft",),
     listing("./sft", "./kd", base="./sft"): ("./sft there is only ./kd",),
-    listing("./sft", "./kd", "./kd"): ("model ./kd is listed 2 times", "another one"),
-    slices("./base ./sft ./kd ./kd", ranges=["[0, 4]"]): ("./kd is listed 2 times",),
+    listing("./sft", "./kd", "./kd"): (
+        "./kd and ./kd",
+        "are the same model",
+        "another one",
+    ),
+    slices("./base ./sft ./kd ./kd", ranges=["[0, 4]"]): ("./kd and ./kd",),
     **{
         listing("./sft", other): (f"./sft and {other}", "are the same model")
         for other in ("sft", "sft/", "././sft", "./kd/../sft", "link")
@@ -227,6 +228,10 @@ REFUSED = {
     slices("./base ./sft ./kd", "./base ./sft ./kd").replace("[2, 4]", "[2, 2]"): (
         "layer_range",
         "[2, 2]",
+    ),
+    slices("./base ./sft ./kd", "./base ./sft ./kd").replace("[2, 4]", "[2, 5]"): (
+        "layer_range` of model ./base in slices[1] is [2, 5]",
+        "the model has layers [0, 4]",
     ),
     slices("./base ./sft ./kd").replace("[0, 2], p", "[0, 3], p", 1): ("same number",),
     # What mergekit cannot read.
@@ -307,10 +312,10 @@ def linked(checkpoints, tmp_path):
 def unread(monkeypatch):
     """No tensor may be read."""
 
-    def read(_self):
+    def read(*_arguments, **_options):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(LoadTensor, "execute", read)
+    monkeypatch.setattr(LazyTensorLoader, "get_tensor", read)
 
 
 def assert_names(message, *parts):
@@ -325,13 +330,11 @@ def assert_in_order(message, *parts):
     assert not any(words in message for words in _OF_PYDANTIC), message
 
 
-def inspected(text, folder):
-    """What `inspect` says of a config, and its exit status."""
-    (folder / "config.yaml").write_text(text, "utf-8")
+def run_here(command, *words, cwd):
+    """What a command says, and its exit status, in this process."""
     LoaderCache.loaders.clear()
-    with working_directory(folder):
-        done = CliRunner().invoke(cli.main, ["inspect", "config.yaml"])
-    return done
+    with working_directory(cwd):
+        return CliRunner().invoke(command, words)
 
 
 @pytest.mark.usefixtures("unread")
@@ -339,13 +342,32 @@ def inspected(text, folder):
 def test_refused(text, linked):
     names = REFUSED[text]
     text = text.replace("ABSOLUTE", str(linked))
-    with pytest.raises(ConfigError) as caught:
-        merge_here(text, linked / "out", cwd=linked)
-    assert_in_order(str(caught.value), *names)
+    (linked / "config.yaml").write_text(text, "utf-8")
+    done = run_here(mergekit_yaml, "config.yaml", "out", cwd=linked)
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert_in_order(done.stderr.splitlines()[-1], *names)
     assert not (linked / "out").exists()
-    done = inspected(text, linked)
+    done = run_here(cli.main, "inspect", "config.yaml", cwd=linked)
     assert done.exit_code == 2
     assert_in_order(done.stderr, *names)
+
+
+@pytest.mark.parametrize("text", [weight("half"), shared("nuslerp_granularty: row")])
+def test_refused_in_a_process_of_its_own(text, linked):
+    """With no tensor in the checkpoints, only the headers of their files."""
+    for path in linked.glob("*/*.safetensors"):
+        header = path.read_bytes()[
+            : 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        ]
+        path.unlink()
+        path.write_bytes(header)
+    (linked / "config.yaml").write_text(text, "utf-8")
+    done = run_mergekit(linked / "config.yaml", linked / "out", cwd=linked)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert_in_order(done.stderr.splitlines()[-1], *REFUSED[text])
+    assert not (linked / "out").exists()
 
 
 def test_there_are_enough_of_them():

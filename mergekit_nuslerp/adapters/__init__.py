@@ -7,4 +7,4 @@ import importlib
 
 # Importing the registry installs the plugin, which imports an adapter. So that none of
 # them is still being imported then, the registry comes first.
-importlib.import_module("mergekit.merge_methods.registry")
+importlib.import_module("mergekit.merge_methods")

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from mergekit.architecture import WeightInfo
@@ -31,12 +31,14 @@ from pydantic import ValidationError
 
 from mergekit_nuslerp import parameters
 from mergekit_nuslerp.adapters import planning
-from mergekit_nuslerp.kernel import Merged, NonFiniteError, RangeError, merge_batch
-from mergekit_nuslerp.parameters import DEFAULTS, named, warn_of_linear
-from mergekit_nuslerp.plugin import announce_merge, try_merge
+from mergekit_nuslerp.kernel import merge_batch
+from mergekit_nuslerp.parameters import DEFAULTS
+from mergekit_nuslerp.plugin import announce_merge
 
 # Whether a slice of one model is that model.
 PASSES_ON = False
+
+T = TypeVar("T")
 
 
 class NuslerpParameter(ParameterSpec):
@@ -45,10 +47,7 @@ class NuslerpParameter(ParameterSpec):
     They are refused where it is known which model and tensor they are for.
     """
 
-    @property
-    def required(self) -> bool:
-        # A missing value is passed on as well.
-        return False
+    required = False  # a missing value is passed on as well
 
     def validate(self, value: Any) -> Any:
         if value is self.default:
@@ -78,21 +77,23 @@ def _specs() -> tuple[ParameterSpec, ...]:
     )
 
 
-def _merge(batch: TensorBatch, *, weight: torch.Tensor, **shared: Any) -> Merged:
-    base = None if batch.base_index is None else batch.tensors[batch.base_index]
+def _split(batch: TensorBatch) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The models' tensors, and the base's if there is one."""
+    inputs = list(batch.tensors)
+    return inputs, None if batch.base_index is None else inputs.pop(batch.base_index)
+
+
+def _kernel(batch: TensorBatch, *, weight: Any, **shared: Any) -> torch.Tensor:
+    """What mergekit asks of a batch kernel: the weights and nothing else."""
+    inputs, base = _split(batch)
     return merge_batch(
-        [t for index, t in enumerate(batch.tensors) if index != batch.base_index],
+        inputs,
         weight,
         base=base,
         granularity=parameters.choose_granularity(shared),
         magnitude=shared["nuslerp_magnitude"],
         lambda_=shared["lambda"],
-    )
-
-
-def _kernel(batch: TensorBatch, **values: Any) -> torch.Tensor:
-    """What mergekit asks of a batch kernel: the weights and nothing else."""
-    return _merge(batch, **values).result
+    ).result
 
 
 class NuslerpMethod(BatchedMergeMethod):
@@ -113,25 +114,6 @@ class NuslerpMethod(BatchedMergeMethod):
             _kernel,
         )
 
-    def validate_inputs(
-        self,
-        input_ids: Sequence[Hashable],
-        base_id: Hashable | None = None,
-        *,
-        group_name: str | None = None,
-    ) -> None:
-        try_merge()
-        try:
-            super().validate_inputs(input_ids, base_id, group_name=group_name)
-        except (RuntimeError, ValueError):
-            if None not in input_ids and len(set(input_ids)) == len(input_ids):
-                parameters.check_models(input_ids, base_id, tensor=group_name)
-            raise
-        planned = planning.models_of(group_name)
-        if planned.issuperset(input_ids):
-            absent = [model for model in planned if model not in input_ids]
-            parameters.warn_of_absent(absent, str(group_name))
-
     def _execute(
         self,
         groups: Sequence[TensorGroup],
@@ -145,45 +127,50 @@ class NuslerpMethod(BatchedMergeMethod):
         announce_merge()
         # A graph task made by hand may leave shared parameters to their defaults.
         parameters = [{**DEFAULTS, **bound} for bound in parameters]
-        for group, bound in zip(groups, parameters):
-            _check_group(group, bound)
+        planned = [_planned(group, bound) for group, bound in zip(groups, parameters)]
         results = {
             index: planning.copied(group.tensors, out_dtype or input_dtypes[index])
             for index, group in enumerate(groups)
             if planning.agree(group.tensors)
         }
         others = [index for index in range(len(groups)) if index not in results]
-        groups = [groups[index] for index in others]
-        parameters = [parameters[index] for index in others]
-        input_dtypes = [input_dtypes[index] for index in others]
+
+        def of_others(entries: Sequence[T]) -> list[T]:
+            return [entries[index] for index in others]
+
         for batch in prepare_batches(
-            groups, parameters, self.spec, options, input_dtypes=input_dtypes
+            of_others(groups),
+            of_others(parameters),
+            self.spec,
+            options,
+            input_dtypes=of_others(input_dtypes),
         ):
-            tensors, kwargs = batch.pack(self.spec)
-            # mergekit packs coefficients in float32, which would cost float32 merges
-            # their last digit.
-            weights = [
-                parameters[index]["weight"].values_for(groups[index].non_base)
-                for index in batch.indices
-            ]
-            kwargs["weight"] = torch.tensor(weights, dtype=torch.float64)
-            try:
-                merged = _merge(tensors, **kwargs)
-            except (NonFiniteError, RangeError) as error:
-                group = groups[batch.indices[error.output]]
-                models = [entry.id for entry in group.non_base]
-                base = None if group.base is None else group.base.id
-                raise named(error, group.metadata.name, models, base) from None
-            for index, count, result in zip(
-                batch.indices, merged.linear.tolist(), merged.result.unbind(0)
-            ):
-                name = groups[index].metadata.name
-                warn_of_linear(count, merged.vectors, name)
+            indices = [others[index] for index in batch.indices]
+            # Not the weights that mergekit packs: in float32, they would cost float32
+            # merges their last digit.
+            inputs, base = _split(batch.pack(self.spec)[0])
+            merged = planning.merge([planned[i] for i in indices], inputs, base)
+            for index, result in zip(indices, merged):
                 if out_dtype is not None:
-                    result = _converted(result, out_dtype, name)
-                results[others[index]] = result
-            del tensors, kwargs, merged, result
+                    result = _converted(result, out_dtype, planned[index].name)
+                results[index] = result
+            del inputs, base, merged, result
         return tuple(results[index] for index in range(len(results)))
+
+
+def _planned(group: TensorGroup, bound: dict[str, Any]) -> planning.Planned:
+    """How tensors that have been loaded are merged, with or without a plan."""
+    name, models = group.metadata.name, {entry.id for entry in group.entries}
+    all_models = planning.models_of(name)
+    if all_models.issuperset(models):
+        parameters.warn_of_absent(sorted(map(str, all_models - models)), str(name))
+    return planning.planned(
+        name,
+        None if group.base is None else group.base.id,
+        {name: bound[name] for name in DEFAULTS},
+        bound["weight"].items(),
+        shape=group.entries[0].tensor.shape,
+    )
 
 
 def _converted(
@@ -198,34 +185,25 @@ def _converted(
     return result.to(dtype)
 
 
-def _check_group(group: TensorGroup, bound: dict[str, Any]) -> None:
-    """Check the parameters of a weight that is merged, with or without a plan."""
-    shared = {name: bound[name] for name in DEFAULTS}
-    weights = bound["weight"].items()
-    name, has_base = group.metadata.name, group.base is not None
-    values = parameters.resolve(shared, weights, has_base=has_base, tensor=name)
-    parameters.check_block(values.granularity, name, group.entries[0].tensor.shape)
-    parameters.warn_of_zero_sum(values.weights, name)
-
-
-def asked(task: Any) -> planning.Asked | None:
+def planned(task: Any) -> planning.Planned | None:
     """What mergekit plans for one weight, None if it is not merged."""
     if not isinstance(task, ExecuteMergeMethodTask):
         return None
-    return planning.Asked(
-        tensors=task.gather_tensors,
-        info=task.output_weight,
-        base=task.base_model,
-        shared=task.parameters,
-        weights=[
+    return planning.planned(
+        task.output_weight.name,
+        task.base_model,
+        task.parameters,
+        [
             (model, values["weight"])
             for model, values in task.input_parameters.items()
             if "weight" in values  # else the base
         ],
+        tensors=task.gather_tensors,
+        info=task.output_weight,
     )
 
 
-def aligned(_planned: planning.Planned, tensors: dict[Any, Any]) -> dict[Any, Any]:
+def aligned(_info: WeightInfo, tensors: dict[Any, Any]) -> dict[Any, Any]:
     """The tensors as they are merged: of one shape, or mergekit refuses them."""
     return tensors
 

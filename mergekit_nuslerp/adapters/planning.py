@@ -21,14 +21,13 @@ from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
-from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import ParameterSetting
 from mergekit.io.tasks import GatherTensors, LoaderCache
-from pydantic import TypeAdapter, ValidationError
-from safetensors import safe_open
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mergekit_nuslerp import parameters, plugin
-from mergekit_nuslerp.geometry import Magnitude
+from mergekit_nuslerp.kernel import NonFiniteError, RangeError, merge_batch
 from mergekit_nuslerp.messages import brief
 from mergekit_nuslerp.parameters import LOG, ConfigError
 
@@ -39,28 +38,29 @@ SEAMS = {
 }
 
 
-class Asked(NamedTuple):
-    """What mergekit plans for one tensor, with its parameters as they are given."""
-
-    tensors: Any  # the task that gathers them
-    info: Any  # mergekit's WeightInfo
-    base: ModelReference | None
-    shared: Mapping[str, Any]
-    weights: list[tuple[ModelReference, Any]]  # of each model but the base
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Planned:
     """How one tensor is to be merged, whichever mergekit planned it."""
 
-    name: str
-    tensors: Any  # the task that gathers them
-    weights: ImmutableMap[ModelReference, float]
-    base: ModelReference | None
-    granularity: str
-    magnitude: Magnitude
-    lambda_: float
+    name: Any  # None where a caller gives none
+    base: Any
+    models: Sequence[Any]  # besides the base, in the order of the weights
+    values: parameters.Values
+    tensors: Any  # the task that gathers them, where there is a plan
     info: Any  # mergekit's WeightInfo
+
+    @property
+    def weights(self) -> dict[ModelReference, float]:
+        """Of each model but the base, in the config's order."""
+        # mergekit's mappings of parameters do not keep it.
+        weights = dict(zip(self.models, self.values.weights))
+        return {m: weights[m] for m in sources(self.tensors) if m in weights}
+
+    @property
+    def names(self) -> set[str]:
+        """The tensor's name in the merge and in each model."""
+        infos = sources(self.tensors).values()
+        return {str(self.name), *(getattr(info, "name", "") for info in infos)}
 
 
 # What gathers each tensor of the latest plan.
@@ -98,8 +98,8 @@ def _checked_config(validate: Callable[..., Any]) -> Callable[..., Any]:
         check_written(config)
         try:
             result = validate(cls, config, *args, **options)
-            for where, inputs, _ in _inputs(result):
-                _check_layers(where, inputs)
+            if not result.referenced_models():
+                raise ConfigError("config: there must be a model in `sources`.")
             return result
         except ValidationError as error:
             place = error.errors(include_url=False, include_context=False)[0]["loc"]
@@ -146,12 +146,10 @@ _FORMS = {
     "slices": "a list, with `- sources: [...]` for each",
     "sources": "a list, with `model`, `layer_range` and `parameters` for each",
     "modules": "a name and `models` or `slices` for each module",
-    "model": "a path, or a name on the hub",
-    "base_model": "a path, or a name on the hub",
+    **dict.fromkeys(("model", "base_model"), "a path, or a name on the hub"),
     "layer_range": "two whole numbers, `[0, 16]`",
     "parameters": "names and values, `{weight: 0.5}`",
-    "dtype": "a name, such as `bfloat16`",
-    "out_dtype": "a name, such as `bfloat16`",
+    **dict.fromkeys(("dtype", "out_dtype"), "a name, such as `bfloat16`"),
     "tokenizer_source": "`union`, `base` or a model",
     "tokenizer": "`{source: union}`, with `tokens` if need be",
     "chat_template": "a name or a template",
@@ -161,30 +159,32 @@ _FORMS = {
 def _misfit(config: Mapping[str, Any], place: Sequence[Any]) -> ConfigError:
     """The error about what mergekit could not read of a config, in words of ours."""
     node: Any = config
-    path, owner, missing = "", None, ""
+    owner, keys, is_missing = None, [], False
     for key in place:
-        if isinstance(node, dict) and "model" in node:
-            owner = node["model"]
-        if isinstance(node, list) and isinstance(key, int) and key < len(node):
-            node, path = node[key], f"{path}[{key}]"
-        elif isinstance(node, dict) and key in node:
-            is_parameter = path.endswith("parameters")
-            node, path = node[key], f"{path}.{key}" if path else str(key)
-            if is_parameter:
-                numbers = not _takes_words()
-                place = path.rpartition(".parameters")[0]
-                where = "" if owner is None else f", in {place}"
-                return parameters.unfit(
-                    str(key), node, model=owner, where=where, only_numbers=numbers
-                )
-        else:
-            if isinstance(node, dict) and key in _FORMS:
-                path, missing = f"{path}.{key}" if path else str(key), "is missing"
+        if isinstance(node, dict):
+            owner = node.get("model", owner)
+        try:
+            node = node[key] if isinstance(node, (dict, list)) else {}[key]
+        except LookupError:
+            # What follows are the names of types that were tried.
+            is_missing = isinstance(node, dict) and key in _FORMS
+            keys += [key] * is_missing
             break
-    given = missing or f"is {brief(node)}"
-    last = re.sub(r"\[\d+\]$", "", path).rpartition(".")[2]
+        keys.append(key)
+        if keys[-2:-1] == ["parameters"]:
+            where = "" if owner is None else f", in {_path(keys[:-2])}"
+            numbers = not _takes_words()
+            return parameters.unfit(
+                key, node, model=owner, where=where, only_numbers=numbers
+            )
+    given = "is missing" if is_missing else f"is {brief(node)}"
+    last = [key for key in keys if isinstance(key, str)][-1]
     form = _FORMS.get(last, "as mergekit's documentation says")
-    return ConfigError(f"config: `{path}` {given}, but must be {form}.")
+    return ConfigError(f"config: `{_path(keys)}` {given}, but must be {form}.")
+
+
+def _path(keys: Sequence[Any]) -> str:
+    return re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, keys)))
 
 
 @lru_cache
@@ -209,9 +209,9 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
         plugin.try_merge()
         parameters.start_merge()
         _latest.clear()
-        parts, models = list(parts_of(config)), config.referenced_models()
-        check_config(self, parts, models)
-        wanted = filters(parts)
+        settings, models = list(settings_of(config)), config.referenced_models()
+        check_config(self, settings, models)
+        wanted = filters(settings)
         try:
             result = plan(self)  # changes the config
         except ConfigError:
@@ -220,14 +220,12 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
             raise ConfigError(
                 f"nuslerp: this merge cannot be planned: {error}"
             ) from error
-        asked = map(plugin.adapter().asked, (task for _, task in self._tensors))
-        tensors = [entry for entry in asked if entry is not None]
-        for entry in tensors:
-            _check_tensor(entry)
+        found = map(plugin.adapter().planned, (task for _, task in self._tensors))
+        tensors = [entry for entry in found if entry is not None]
         if config.dtype:
             _check_integers(tensors, models)
-        _latest.update((entry.info.name, entry.tensors) for entry in tensors)
-        names = {name for entry in tensors if wanted for name in names_of(entry)}
+        _latest.update((entry.name, entry.tensors) for entry in tensors)
+        names = {name for entry in tensors if wanted for name in entry.names}
         if not getattr(self, "is_inspection", False):  # which has this in its report
             plugin.announce_merge()
             for text in unmatched(wanted, names):
@@ -244,13 +242,13 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_config(
-    planner: Any, parts: Sequence[Mapping[str, Any]], models: Iterable[ModelReference]
+    planner: Any, settings: Sequence[Setting], models: Iterable[ModelReference]
 ) -> None:
     """Refuse what mergekit would ignore, or warn where it always did.
 
     Args:
         planner: mergekit's, of a merge by `nuslerp`, before it plans.
-        parts: of its config.
+        settings: of its config.
         models: that are in it.
     """
     config = planner.config
@@ -263,29 +261,41 @@ def check_config(
             )
     for field in ("dtype", "out_dtype"):
         _check_dtype(field, getattr(config, field))
-    names = {(name, owner is not None) for owner, name, _ in _settings(parts)}
-    for name, of_model in sorted(names):
+    names = {setting.name for setting in settings}
+    for name, of_model in sorted({(s.name, s.model is not None) for s in settings}):
         parameters.check_name(name, of_model=of_model)
-    given = {name for name, _ in names}
-    if "nuslerp_row_wise" in given and given.isdisjoint(
+    if "nuslerp_row_wise" in names and names.isdisjoint(
         ("nuslerp_flatten", "nuslerp_granularity")
     ):
         parameters.warn_of_no_effect(
             "nuslerp_row_wise", "without `nuslerp_flatten: false`. Write both."
         )
-    for place, inputs, base in _inputs(config):
-        _check_inputs(place, inputs, base)
-    for part in parts:
-        if part.get("slices"):
-            _check_slices(part["slices"])
-    for owner, name, setting in _settings(parts):
+    configs = {str(model): _check_checkpoint(model) for model in models}
+    checked = set()  # as most slices have the same models
+    for module, place, inputs, base in _inputs(config):
+        key = str(base), *((str(e.model), *(e.parameters or ())) for e in inputs)
+        if key not in checked:
+            checked.add(key)
+            _check_inputs(place, inputs, base)
+        architecture = modules[module or next(iter(modules))].architecture
+        for entry in inputs if hasattr(inputs[0], "layer_range") else ():
+            most = _layers(configs[str(entry.model)], architecture)
+            first, end = entry.layer_range
+            if not 0 <= first < end <= most:
+                raise ConfigError(
+                    f"config: `layer_range` of model {entry.model} in {place} is "
+                    f"[{first}, {end}], but the model has layers [0, {most}]. Write "
+                    "the first layer and the one after the last."
+                )
+    for part in (config, *(config.modules or {}).values()):
+        if part.slices:
+            _check_slices(part.slices)
+    for model, name, text, value in settings:
+        where = f" for tensors with {text!r} in their names" if text else ""
         if name in parameters.WORDS and not _takes_words():
-            raise parameters.unfit(name, setting, model=owner, only_numbers=True)
+            raise parameters.unfit(name, value, model=model, only_numbers=True)
         if name in parameters.FIELDS:
-            for value, where in _choices(setting):
-                parameters.validate(name, value, model=owner, where=where)
-    for model in models:
-        _check_checkpoint(model)
+            parameters.validate(name, value, model=model, where=where)
 
 
 def _check_dtype(field: str, name: str | None) -> None:
@@ -303,26 +313,22 @@ def _check_dtype(field: str, name: str | None) -> None:
 def _check_inputs(place: str, inputs: Sequence[Any], base: Any) -> None:
     """Check the models of a slice or module."""
     models = [entry.model for entry in inputs]
-    for model in models:
-        if models.count(model) > 1:
-            raise ConfigError(
-                f"nuslerp: model {model} is listed {models.count(model)} times among "
-                "the same inputs, but a merge takes each model once. Remove it or "
-                "write another one; to merge layers of one model with each other, list "
-                "a copy of its folder."
-            )
-    listed = list(dict.fromkeys(models if base is None else [*models, base]))
-    first: dict[Any, ModelReference] = {}
+    if not models:
+        raise ConfigError(f"config: `{place}.sources` must be a list of models.")
+    listed = models if base is None or base in models else [*models, base]
+    found: dict[Any, ModelReference] = {}
     for model in listed:
         path, lora = model.model, model.lora
         adapted = lora and (_real(lora.path), lora.revision)
         key = _real(path.path), path.revision, adapted, model.override_architecture
-        other = first.setdefault(key, model)
-        if other is not model:
+        if key in found:
             raise ConfigError(
-                f"nuslerp: {other} and {model} in {place} are the same model. Write it "
-                "the same way in both places, or list another one."
+                f"nuslerp: {found[key]} and {model} in {place} are the same model, and "
+                "a merge takes each once. List another one, or write the base the same "
+                "way in both places; to merge layers of one model with each other, "
+                "list a copy of its folder."
             )
+        found[key] = model
     # mergekit adds the base itself, but not to slices.
     given = models if hasattr(inputs[0], "layer_range") else listed
     if len(given) > 1 or not plugin.adapter().PASSES_ON:
@@ -341,27 +347,32 @@ def _real(path: str | None) -> str | None:
     return os.path.realpath(path) if path and os.path.exists(path) else path
 
 
-def parts_of(node: Any) -> Iterator[dict[str, Any]]:
-    """The fields of a config's modules, slices and inputs, from the outside in."""
-    # By type, as asking pydantic's models for what they are takes long.
-    if hasattr(type(node), "model_fields"):
+class Setting(NamedTuple):
+    """One value of a parameter in a config."""
+
+    model: Hashable | None  # where it stands under one
+    name: str
+    filter: str | None
+    value: Any
+
+
+def settings_of(node: Any) -> Iterator[Setting]:
+    """All values in a config, from the outside in, those of a gradient one by one."""
+    if isinstance(node, BaseModel):
         fields = vars(node)
-        yield fields
+        for name, setting in (fields.get("parameters") or {}).items():
+            for choice in _listed(setting):
+                text = getattr(choice, "filter", None)
+                for value in _listed(getattr(choice, "value", choice)):
+                    yield Setting(fields.get("model"), name, text, value)
         node = [fields[name] for name in fields if name not in ("parameters", "model")]
-    elif type(node) is dict:
-        node = list(node.values())
-    if type(node) is list:
-        for part in node:
-            yield from parts_of(part)
+    for part in node.values() if isinstance(node, dict) else node:
+        if isinstance(part, (dict, list, BaseModel)):
+            yield from settings_of(part)
 
 
-def _settings(
-    parts: Iterable[Mapping[str, Any]],
-) -> Iterator[tuple[Hashable | None, str, Any]]:
-    """The model, if any, the name and the value of each parameter in a config."""
-    for part in parts:
-        for name, setting in (part.get("parameters") or {}).items():
-            yield part.get("model"), name, setting
+def _listed(value: Any) -> list[Any]:
+    return (value or [None]) if isinstance(value, list) else [value]
 
 
 def _check_slices(slices: Sequence[Any]) -> None:
@@ -380,62 +391,29 @@ def _check_slices(slices: Sequence[Any]) -> None:
         )
 
 
-def _check_layers(place: str, inputs: Sequence[Any]) -> None:
-    """Refuse slices without a model or a layer: mergekit would leave them out."""
-    if not inputs:
-        raise ConfigError(
-            f"config: `{place}.sources` is [], but must be a list of models."
-        )
-    for entry in inputs:
-        first, last = getattr(entry, "layer_range", (0, 1))
-        if not 0 <= first < last:
-            raise ConfigError(
-                f"config: `layer_range` of model {entry.model} in {place} is [{first}, "
-                f"{last}], which holds no layer. Write the first layer and the one "
-                "after the last, `[0, 16]`."
-            )
+def _layers(config: Any, architecture: Any) -> int:
+    """How many layers a model has, as far as its config.json says it."""
+    for key in (architecture.num_layers_config_key() or "").split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config if isinstance(config, int) else sys.maxsize
 
 
-def _inputs(config: Any) -> Iterator[tuple[str, Sequence[Any], Any]]:
-    """Where models are listed, the entries, and the base that goes with them."""
-    if config.models:
-        yield "models", config.models, config.base_model
-    sources = {"slices": config.slices or ()}
-    for name, module in (config.modules or {}).items():
+def _inputs(config: Any) -> Iterator[tuple[str, str, Sequence[Any], Any]]:
+    """Where models are listed: the module, if it has a name, the place in the config,
+    the entries, and the base that goes with them."""
+    for name, module in {"": config, **(config.modules or {})}.items():
+        path = f"modules.{name}." if name else ""
         if module.models:
-            yield f"modules.{name}.models", module.models, config.base_model
-        sources[f"modules.{name}.slices"] = module.slices or ()
-    for name, slices in sources.items():
-        for number, part in enumerate(slices):
+            yield name, f"{path}models", module.models, config.base_model
+        for number, part in enumerate(module.slices or ()):
             base = part.base_model or config.base_model
-            yield f"{name}[{number}]", part.sources, base
+            yield name, f"{path}slices[{number}]", part.sources, base
 
 
-def _choices(setting: Any, where: str = "") -> Iterator[tuple[Any, str]]:
-    """The values of a gradient or of filters, and for which weights they are.
-
-    Not a single value, which is refused where it is resolved for a weight.
-    """
-    if setting == []:
-        yield None, ""
-    for choice in setting if isinstance(setting, list) else [setting]:
-        if hasattr(choice, "value"):
-            text = f" for tensors with {choice.filter!r} in their names"
-            values = choice.value if isinstance(choice.value, list) else [choice.value]
-            for value in values or [None]:
-                yield value, text if choice.filter else ""
-        elif isinstance(setting, list):
-            yield choice, " in a gradient"
-
-
-def filters(parts: Iterable[Mapping[str, Any]]) -> list[str]:
+def filters(settings: Iterable[Setting]) -> list[str]:
     """The parts of tensors' names that a config has values for."""
-    found = [
-        getattr(choice, "filter", None)
-        for _, _, setting in _settings(parts)
-        for choice in (setting if isinstance(setting, list) else [setting])
-    ]
-    return [text for text in dict.fromkeys(found) if text is not None and text != "*"]
+    found = dict.fromkeys(setting.filter for setting in settings)
+    return [text for text in found if text is not None and text != "*"]
 
 
 def unmatched(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -449,35 +427,64 @@ def left_out(planner: Any) -> list[str]:
     return [name for name in planner.arch_info.modules if name not in planned]
 
 
-def _check_tensor(asked: Asked) -> parameters.Values:
-    """Check the parameters of one weight before it is read."""
-    name, has_base = asked.info.name, asked.base is not None
-    values = parameters.resolve(
-        asked.shared, asked.weights, has_base=has_base, tensor=name
-    )
+def planned(
+    name: str | None,
+    base: Hashable | None,
+    shared: Mapping[str, Any],
+    weights: Iterable[tuple[Hashable, Any]],
+    *,
+    tensors: Any = None,
+    info: Any = None,
+    shape: Sequence[int] | None = None,
+) -> Planned:
+    """Check how one tensor is to be merged.
+
+    Args:
+        shared: parameters with one value, not yet checked.
+        weights: each model but the base, and its weight.
+        shape: of the tensor, if it has been read.
+    """
+    weights = list(weights)
+    has_base = base is not None
+    values = parameters.resolve(shared, weights, has_base=has_base, tensor=name)
     # Only a block may not fit, and a file's header takes a while to read.
-    shape = stored_shape(asked.tensors) if ":" in values.granularity else None
+    if shape is None and ":" in values.granularity:
+        shape = stored_shape(tensors)
     if shape is not None:
         parameters.check_block(values.granularity, name, shape)
-    return values
+    models = [model for model, _ in weights]
+    return Planned(name, base, models, values, tensors, info)
 
 
-def planned(asked: Asked) -> Planned:
-    """How one tensor is to be merged."""
-    values = _check_tensor(asked)
-    # mergekit's mappings of parameters do not keep the models' order.
-    weights = {model: value for (model, _), value in zip(asked.weights, values.weights)}
-    in_order = [model for model in sources(asked.tensors) if model in weights]
-    return Planned(
-        name=asked.info.name,
-        tensors=asked.tensors,
-        weights=ImmutableMap({model: weights[model] for model in in_order}),
-        base=asked.base,
-        granularity=values.granularity,
-        magnitude=values.magnitude,
-        lambda_=values.lambda_,
-        info=asked.info,
-    )
+def merge(
+    planned: Sequence[Planned],
+    inputs: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Merge tensors that have the same parameters but for the weights.
+
+    Args:
+        inputs: of each model, `(len(planned), *shape)`.
+        base: of the same shape.
+    """
+    values = planned[0].values
+    for entry in planned:
+        parameters.warn_of_zero_sum(entry.values.weights, entry.name)
+    try:
+        merged = merge_batch(
+            inputs,
+            torch.tensor([e.values.weights for e in planned], dtype=torch.float64),
+            base=base,
+            granularity=values.granularity,
+            magnitude=values.magnitude,
+            lambda_=values.lambda_,
+        )
+    except (NonFiniteError, RangeError) as error:
+        entry = planned[error.output]
+        raise parameters.named(error, entry.name, entry.models, entry.base) from None
+    for entry, count in zip(planned, merged.linear.tolist()):
+        parameters.warn_of_linear(count, merged.vectors, entry.name)
+    return merged.result.unbind(0)
 
 
 def sources(tensors: Any) -> Mapping[ModelReference, Any]:
@@ -485,12 +492,6 @@ def sources(tensors: Any) -> Mapping[ModelReference, Any]:
     if not isinstance(tensors, GatherTensors):
         tensors = getattr(tensors, "gather_tensors", tensors)
     return tensors.weight_info if hasattr(tensors, "weight_info") else tensors.tensors
-
-
-def names_of(tensor: Asked | Planned) -> set[str]:
-    """A tensor's name in the merge and in each model."""
-    infos = sources(tensor.tensors).values()
-    return {tensor.info.name, *(getattr(info, "name", "") for info in infos)}
 
 
 def check_shapes(name: str, info: Any, tensors: Mapping[Any, torch.Tensor]) -> None:
@@ -551,8 +552,11 @@ def shards(model: ModelReference) -> Iterator[tuple[str, Sequence[str]]]:
         yield os.path.join(index.base_path, file), shard.contained_keys
 
 
-def _check_checkpoint(model: ModelReference) -> None:
-    """Refuse a quantised checkpoint: its codes are not weights."""
+def _check_checkpoint(model: ModelReference) -> Any:
+    """What its config.json says of a checkpoint, if it is not quantised.
+
+    The codes of a quantised one are not weights.
+    """
     index = LoaderCache().get(model).index
     sign = next(filter(_SCALES.search, index.tensor_paths), "")
     try:
@@ -563,18 +567,20 @@ def _check_checkpoint(model: ModelReference) -> None:
     if isinstance(config, dict) and config.get("quantization_config"):
         sign = "quantization_config in its config.json"
     for path, _ in shards(model):
-        for name, (dtype, _) in _header(path).items():
-            if dtype.startswith("F8"):
-                sign = f"{name} in float8"
+        float8 = [
+            name for name, (dtype, _) in _header(path).items() if dtype[:2] == "F8"
+        ]
+        sign = f"{float8[0]} in float8" if float8 else sign
     if sign:
         raise ConfigError(
             f"nuslerp: model {model} is quantised: it has {sign}. Its codes cannot be "
             "interpolated. Use the checkpoint that it was made from, or load it with "
             "transformers, `model.dequantize()`, and save that."
         )
+    return config
 
 
-def _check_integers(tensors: Iterable[Asked], models: Iterable[Any]) -> None:
+def _check_integers(planned: Iterable[Planned], models: Iterable[Any]) -> None:
     """Refuse integers that differ, where a `dtype` would have mergekit cast them."""
     integers = {
         (model, name)
@@ -583,13 +589,12 @@ def _check_integers(tensors: Iterable[Asked], models: Iterable[Any]) -> None:
         for name, (dtype, _) in _header(path).items()
         if dtype[0] in "IUB" and dtype != "BF16"
     }
-    for entry in tensors if integers else ():
-        infos, loaders = sources(entry.tensors), LoaderCache()
-        named = [(model, info.name) for model, info in infos.items()]
+    for entry in planned if integers else ():
+        named = [(model, info.name) for model, info in sources(entry.tensors).items()]
         if not integers.isdisjoint(named) and not agree(
-            loaders.get(model).get_tensor(name) for model, name in named
+            LoaderCache().get(model).get_tensor(name) for model, name in named
         ):
-            raise ConfigError(integers_differ(entry.info.name))
+            raise ConfigError(integers_differ(str(entry.name)))
 
 
 def integers_differ(tensor: str) -> str:
@@ -623,9 +628,7 @@ def _header(path: str) -> Mapping[str, tuple[str, tuple[int, ...]]]:
 
 @lru_cache(maxsize=256)
 def _header_of(path: str, _modified: int) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-    with safe_open(path, framework="pt") as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
-            name: (part.get_dtype(), tuple(part.get_shape()))
-            for name, part in parts.items()
-        }
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()}

@@ -3,7 +3,7 @@
 
 """The merge method for mergekit 0.1.4: one graph task for each output weight."""
 
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from mergekit.architecture import WeightInfo
@@ -19,9 +19,8 @@ from mergekit.merge_methods.rectify_embed import rectify_embed_sizes
 
 from mergekit_nuslerp import parameters
 from mergekit_nuslerp.adapters import planning
-from mergekit_nuslerp.kernel import NonFiniteError, RangeError, merge_batch
-from mergekit_nuslerp.parameters import WORDS, check_models, warn_of_linear
-from mergekit_nuslerp.plugin import announce_merge, try_merge
+from mergekit_nuslerp.parameters import WORDS
+from mergekit_nuslerp.plugin import announce_merge
 
 # Whether a slice of one model is that model.
 PASSES_ON = True
@@ -45,6 +44,30 @@ class NuslerpTask(Task[torch.Tensor]):
     def group_label(self) -> Optional[str]:
         return self.gather_tensors.group_label()
 
+    def planned(
+        self,
+        absent: Sequence[ModelReference] = (),
+        shape: Optional[Sequence[int]] = None,
+    ) -> planning.Planned:
+        """How the weight is merged, without the models that do not have it."""
+        base = self.base_model
+        return planning.planned(
+            self.weight_info.name,
+            base,
+            self.shared,
+            [
+                (model, values["weight"])
+                for model, values in self.tensor_parameters.items()
+                # Paths first, as to compare models takes long.
+                if (base is None or model.model.path != base.model.path)
+                or (model != base)
+                if model not in absent
+            ],
+            tensors=self.gather_tensors,
+            info=self.weight_info,
+            shape=shape,
+        )
+
     def execute(  # type: ignore[override]
         self, tensors: Dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> torch.Tensor:
@@ -54,36 +77,39 @@ class NuslerpTask(Task[torch.Tensor]):
             # An optional weight that only one of the models has.
             (only,) = tensors.values()
             return only
-        check_models(list(tensors), self.base_model, tensor=name)
-        plan = planning.planned(_asked(self))
-        absent = [model for model in plan.weights if model not in tensors]
+        parameters.check_models(list(tensors), self.base_model, tensor=name)
+        absent = [model for model in self.tensor_parameters if model not in tensors]
         parameters.warn_of_absent(absent, name)
-        models = [model for model in tensors if model != self.base_model]
-        if self.base_model is not None:
-            models.append(self.base_model)
-        inputs = [tensors[model] for model in models]
-        rectify_embed_sizes(self.weight_info, inputs)
+        tensors = aligned(self.weight_info, tensors)
+        inputs = list(tensors.values())
         if planning.agree(inputs):
             return planning.copied(inputs, None)
         if not all(tensor.is_floating_point() for tensor in inputs):
             raise ValueError(planning.integers_differ(name))
-        planning.check_shapes(name, self.weight_info, dict(zip(models, inputs)))
-        parameters.check_block(plan.granularity, name, inputs[0].shape)
-        base = None if self.base_model is None else inputs.pop()
-        weights = [plan.weights[model] for model in models[: len(inputs)]]
-        parameters.warn_of_zero_sum(weights, name)
-        try:
-            merged = merge_batch(
-                [tensor.unsqueeze(0) for tensor in inputs],
-                torch.tensor([weights], dtype=torch.float64),
-                base=None if base is None else base.unsqueeze(0),
-                granularity=plan.granularity,
-                lambda_=plan.lambda_,
-            )
-        except (NonFiniteError, RangeError) as error:
-            raise parameters.named(error, name, models, self.base_model) from None
-        warn_of_linear(int(merged.linear), merged.vectors, name)
-        return merged.result.squeeze(0)
+        planning.check_shapes(name, self.weight_info, tensors)
+        planned = self.planned(absent, inputs[0].shape)
+        one = {model: tensor.unsqueeze(0) for model, tensor in tensors.items()}
+        (merged,) = planning.merge(
+            [planned], [one[model] for model in planned.models], one.get(planned.base)
+        )
+        return merged
+
+
+def _definitions(declared: Mapping[str, Any]) -> List[ConfigParameterDef]:
+    # None of them is required as far as mergekit is concerned: of a missing value our
+    # message can say what to write.
+    return [
+        ConfigParameterDef(
+            name=name, default_value=None if field.is_required() else field.default
+        )
+        for name, field in declared.items()
+        if name not in WORDS
+    ]
+
+
+# Made once, as mergekit asks for them for each weight.
+_SHARED = _definitions(parameters.Shared.model_fields)
+_PER_MODEL = _definitions(parameters.PerModel.model_fields)
 
 
 class NuslerpMethod(MergeMethod):
@@ -96,16 +122,10 @@ class NuslerpMethod(MergeMethod):
         return "NuSLERP"
 
     def parameters(self) -> List[ConfigParameterDef]:
-        return _definitions(
-            {
-                name: field
-                for name, field in parameters.Shared.model_fields.items()
-                if name not in WORDS
-            }
-        )
+        return _SHARED
 
     def tensor_parameters(self) -> List[ConfigParameterDef]:
-        return _definitions(parameters.PerModel.model_fields)
+        return _PER_MODEL
 
     def make_task(
         self,
@@ -117,7 +137,6 @@ class NuslerpMethod(MergeMethod):
         base_model: Optional[ModelReference],
         **_kwargs: Any,
     ) -> Task:
-        try_merge()
         return NuslerpTask(
             gather_tensors=tensors,
             shared=parameters,
@@ -127,50 +146,20 @@ class NuslerpMethod(MergeMethod):
         )
 
 
-def _definitions(declared: Mapping[str, Any]) -> List[ConfigParameterDef]:
-    # None of them is required as far as mergekit is concerned: a missing value comes
-    # to `make_task`, where the message can say what to write.
-    return [
-        ConfigParameterDef(
-            name=name,
-            default_value=None if field.is_required() else field.default,
-        )
-        for name, field in declared.items()
-    ]
-
-
-def asked(task: Task) -> Optional[planning.Asked]:
+def planned(task: Task) -> Optional[planning.Planned]:
     """What mergekit plans for one weight, None if it is not merged."""
-    is_ours = isinstance(task, NuslerpTask)
     # A weight of the only model that is listed is that model's.
-    if not is_ours or len(planning.sources(task.gather_tensors)) == 1:
-        return None
-    return _asked(task)
-
-
-def _asked(task: NuslerpTask) -> planning.Asked:
-    base = task.base_model
-    return planning.Asked(
-        tensors=task.gather_tensors,
-        info=task.weight_info,
-        base=base,
-        shared=task.shared,
-        weights=[
-            (model, values["weight"])
-            for model, values in task.tensor_parameters.items()
-            # Paths first, as to compare models takes long.
-            if base is None or model.model.path != base.model.path or model != base
-        ],
-    )
+    is_merged = isinstance(task, NuslerpTask) and len(task.tensor_parameters) > 1
+    return task.planned() if is_merged else None
 
 
 def aligned(
-    planned: planning.Planned, tensors: Dict[ModelReference, torch.Tensor]
+    info: WeightInfo, tensors: Dict[ModelReference, torch.Tensor]
 ) -> Dict[ModelReference, torch.Tensor]:
     """The tensors as they are merged: embeddings cut to the part that all have."""
-    models, inputs = list(tensors), list(tensors.values())
-    rectify_embed_sizes(planned.info, inputs)
-    return dict(zip(models, inputs))
+    inputs = list(tensors.values())
+    rectify_embed_sizes(info, inputs)
+    return dict(zip(tensors, inputs))
 
 
 def tiny(models: List[ModelReference], info: WeightInfo, scale: float) -> Task:
