@@ -25,9 +25,8 @@ import yaml
 from click.testing import CliRunner, Result
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
-from mergekit.io.tasks import GatherTensors
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
+from mergekit.io.tasks import GatherTensors, LoaderCache
 from oracle import angle, oracle, vectors
 from safetensors.torch import save_file
 from support import (
