@@ -331,7 +331,8 @@ def check_place(name: str, place: str = "outside of `parameters`") -> None:
     return warn_of_no_effect(name, hint)
 
 
-def is_like_a_parameter(name: Any) -> bool:
+@cache
+def is_like_a_parameter(name: Hashable) -> bool:
     """Whether a key outside of `parameters` was meant to be a parameter."""
     name = str(name)
     return name in FIELDS or name.startswith(PREFIX) or bool(_hint(name))

@@ -26,7 +26,7 @@ from click.testing import CliRunner, Result
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
+from mergekit.io.tasks import GatherTensors, LoaderCache
 from oracle import angle, oracle, vectors
 from safetensors.torch import save_file
 from support import (
@@ -42,7 +42,7 @@ from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.checkpoints import write_checkpoints
 from mergekit_nuslerp.inspection import Inspection, Skipped, TensorGeometry
-from mergekit_nuslerp.parameters import ConfigError
+from mergekit_nuslerp.parameters import ConfigError, Values
 
 # Parameters whose values are names, which mergekit 0.1.4 does not take.
 TAKES_NAMES = hasattr(mergekit.merge_methods, "merge_tensors")
@@ -289,15 +289,14 @@ def plan(
     magnitude: Any = "slerp",
 ) -> Planned:
     """How a tensor would be merged that no file holds."""
+    info = WeightInfo(name=name)
     return Planned(
         name=name,
-        tensors=None,
-        weights=ImmutableMap(weights),
         base=base,
-        granularity=granularity,
-        magnitude=magnitude,
-        lambda_=1.0,
-        info=WeightInfo(name=name),
+        models=list(weights),
+        values=Values(tuple(weights.values()), granularity, magnitude, 1.0),
+        tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(weights, info))),
+        info=info,
     )
 
 

@@ -98,7 +98,7 @@ def _checked_config(validate: Callable[..., Any]) -> Callable[..., Any]:
         check_written(config)
         try:
             result = validate(cls, config, *args, **options)
-            if not result.referenced_models():
+            if not any(inputs for _, _, inputs, _ in _inputs(result)):
                 raise ConfigError("config: there must be a model in `sources`.")
             return result
         except ValidationError as error:
@@ -209,7 +209,13 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
         plugin.try_merge()
         parameters.start_merge()
         _latest.clear()
-        settings, models = list(settings_of(config)), config.referenced_models()
+        settings = list(settings_of(config))
+        # By name, as mergekit's own way to find each model once takes long.
+        listed = [
+            entry.model for _, _, inputs, _ in _inputs(config) for entry in inputs
+        ]
+        listed += [] if config.base_model is None else [config.base_model]
+        models = list({str(model): model for model in listed}.values())
         check_config(self, settings, models)
         wanted = filters(settings)
         try:
