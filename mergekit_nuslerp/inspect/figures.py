@@ -61,7 +61,8 @@ class Part(BaseModel):
     effective: float | None = Field(
         title="Effective weight",
         description="the weight that the model really has in the direction of the "
-        "merge: with `slerp` a longer vector gets more than its weight says",
+        "merge: `slerp` gives a longer vector more than its weight says; null where "
+        "only one model has a vector",
     )
     norm: float = Field(description="length of its (task) vector over the whole tensor")
     relative_norm: float | None = Field(

@@ -256,7 +256,7 @@ def _check_files(loaders: LoaderCache, model: ModelReference) -> None:
             if missing:
                 raise ConfigError(f"{min(missing)} is not in it")
     except Exception as error:  # of files, of formats, of networks
-        reason = str(error)
+        reason = str(error) or "a file is empty or cut short"
         if not os.path.exists(path):
             # Of what looks like a path, a hub only says that it is no name.
             is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
@@ -404,7 +404,7 @@ def _effective(
 
     A mean u of unit vectors u_i with weights w_i is the sum of w_i u_i a_i / sin a_i,
     up to its length, where a_i is the angle between u and u_i. Here u is known, and so
-    the weights are. Of many vectors, their mean.
+    the weights are. Of many vectors, their mean; None where only one model has any.
     """
     lengths = grams.diagonal(dim1=-2, dim2=-1).sqrt()
     products = (grams @ coefficients.unsqueeze(-1)).squeeze(-1)
@@ -412,7 +412,8 @@ def _effective(
     cosines = (products / (lengths * merged)).nan_to_num().clamp(-1, 1)
     shares = coefficients * lengths * torch.sinc(cosines.acos() / torch.pi)
     total = shares.sum(-1)
-    is_mean = total > 1e-9 * shares.abs().sum(-1)
+    is_mean = (total > 1e-9 * shares.abs().sum(-1)) & ((lengths > 0).sum(-1) > 1)
+    is_mean &= merged.squeeze(-1) > 1e-9 * lengths.sum(-1)  # else they cancel
     if not is_mean.any():
         return [None] * len(shares[0])
     return (shares / total.unsqueeze(-1))[is_mean].mean(0).tolist()

@@ -154,7 +154,9 @@ def _chosen(inspection: Inspection) -> dict[str, str]:
 def _table(title: str, headings: Iterable[str], rows: Iterable[list[str]]) -> Group:
     """Columns aligned right, but for the names of parts."""
     rows = list(rows)
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+    )
     for heading, *cells in zip(headings, *rows):
         if heading in ("part", ""):
             table.add_column(heading, no_wrap=True, overflow="ellipsis")
@@ -205,8 +207,8 @@ def _by_layer(
             for kind, column in cells.items()
         }
         heads = {kind: _cut(labels[kind]) for kind in rows}
-        widths = {k: max(map(len, [heads[k], "00.0", *rows[k]])) + 1 for k in rows}
-        for place, kinds in enumerate(_fitting(widths, width - len("layer "))):
+        widths = {k: max(map(len, [heads[k], "00.0", *rows[k]])) + 2 for k in rows}
+        for place, kinds in enumerate(_fitting(widths, width - len("layer  "))):
             yield _table(
                 "" if place else title + within,
                 ["layer", *(heads[kind] for kind in kinds)],

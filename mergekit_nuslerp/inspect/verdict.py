@@ -84,15 +84,15 @@ def _directions(
     if len(models) > 2:
         who = f"the {len(models)} models"
     angles = [angle for tensor in tensors if (angle := widest(tensor)) is not None]
-    if not angles:
-        return
-    angle, what = median(angles), vectors(tensors)
-    apart = f"{figure(angle)} degrees apart (median; {figure(max(angles))} at most)"
     departures = [
         tensor.departure
         for tensor in tensors
         if tensor.departure is not None and len(blended(tensor)) > 1
     ]
+    if not angles or 1 in {len(blended(tensor)) for tensor in tensors}:
+        return  # one model is taken as it is
+    angle, what = median(angles), vectors(tensors)
+    apart = f"{figure(angle)} degrees apart (median; {figure(max(angles))} at most)"
     departure = median(departures) if departures else None
     linear = angle < PARALLEL if departure is None else departure <= NEARLY_LINEAR
     consider = lines = ""
@@ -136,18 +136,19 @@ def _unchanged(inspection: Inspection, names: Mapping[str, str]) -> Iterator[Fin
         zero = [is_zero(part, tensor) for part, tensor in entries]
         if sum(zero) < max(1, UNCHANGED * len(zero)):
             continue
+        slerp = any(part.weight and t.magnitude == "slerp" for part, t in entries)
         text = f"{names[model]} left {sum(zero)} of {len(zero)} tensors unchanged"
-        consider = ""
+        text += "; slerp takes more of the others there." if slerp else "."
+        consider = f"To take what the weights say{_needs(inspection)}:" if slerp else ""
         if all(zero):
-            text = f"{names[model]} is the base: it changed nothing"
+            text = f"{names[model]} is the base: it changed nothing."
             consider = f"Check its path, or leave {names[model]} out."
-        slerp = any(tensor.magnitude == "slerp" for _, tensor in entries)
         yield Finding(
             kind="unchanged",
             models=[model],
-            text=text + ("; slerp takes more of the others there." if slerp else "."),
+            text=text,
             consider=consider,
-            lines=_LINEAR_MAGNITUDE if slerp else "",
+            lines=_LINEAR_MAGNITUDE if slerp and not all(zero) else "",
         )
 
 
@@ -187,7 +188,7 @@ def _weights(
         text=f"{names[most]} dominates: at a weight of {weight:.2g} it gets {got:.2g}, "
         f"since {vectors(full)} differ in length (by a factor of {figure(ratio)}) and "
         "slerp weighs them as long as they are.",
-        consider="To give each what its weight says:" + _needs(inspection),
+        consider=f"To give each what its weight says{_needs(inspection)}:",
         lines=_LINEAR_MAGNITUDE,
     )
 
