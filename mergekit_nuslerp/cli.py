@@ -120,7 +120,10 @@ def run(arguments: tuple[str, ...]) -> None:
     register()
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-    mergekit_yaml(args=list(arguments), prog_name="mergekit-nuslerp run")
+    try:
+        mergekit_yaml(args=list(arguments), prog_name="mergekit-nuslerp run")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise click.ClickException(shortened(str(error))) from error
 
 
 def _off() -> str:
@@ -330,7 +333,7 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
 @main.command()
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 def demo(out: Path) -> None:
-    """Make three small checkpoints in OUT, merge them, and show the result."""
+    """Make small checkpoints in OUT, merge two of them, and show the result."""
     if switched_off():
         raise click.UsageError(_off())
     from mergekit_nuslerp.demo import run as run_demo

@@ -18,8 +18,8 @@ import yaml
 from oracle import oracle
 from support import (
     EXAMPLES,
-    LAYERS,
     REPOSITORY,
+    Demo,
     announcement,
     load_tensors,
     merge_here,
@@ -28,6 +28,7 @@ from support import (
 )
 
 from mergekit_nuslerp import plugin
+from mergekit_nuslerp.demo import LAYERS
 
 
 class Expected(NamedTuple):
@@ -109,15 +110,10 @@ BY_COMMAND = {
 }
 
 MODELS = ("base", "sft", "kd")
-CARD_MODELS = ("medalpaca-7b", "medalpaca-sft", "medalpaca-kd")
 MODELS_OF = {
-    "medswin.yaml": CARD_MODELS,
     "three_models.yaml": (*MODELS, "dpo"),
     "magnitude.yaml": ("base", "sft", "dpo"),
 }
-
-# Whose layer range or heads take other models than the tiny ones.
-FOLDER_OF = {"medswin.yaml": "demo", "heads_and_neurons.yaml": "wide_checkpoints"}
 
 # Parameters whose values are names, which mergekit 0.1.4 does not take.
 NAMED = ("nuslerp_granularity", "nuslerp_magnitude")
@@ -169,14 +165,10 @@ def test_every_example_has_an_expectation() -> None:
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_example(
-    name: str,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    name: str, demo: Demo, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = request.getfixturevalue(FOLDER_OF.get(name, "checkpoints"))
-    if name == "medswin.yaml":
-        folder = folder.folder
+    """As it stands, in the folder that the demo makes."""
+    folder = demo.folder
     config = (EXAMPLES / name).read_text(encoding="utf-8")
     if refused(config, tmp_path / "out", folder):
         return
@@ -209,7 +201,7 @@ def test_the_examples_differ() -> None:
     results = []
     for example, rule in EXPECTED.items():
         _, *models = MODELS_OF.get(example, MODELS)
-        tensors = [changed[model.removeprefix("medalpaca-")] for model in models]
+        tensors = [changed[model] for model in models]
         expected = rule("model.layers.0.self_attn.q_proj.weight")
         results.append(expected.exact(base, tensors).to(torch.bfloat16))
     same = [

@@ -33,6 +33,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from support import (
     EXAMPLES,
+    Demo,
     load_tensors,
     merge_here,
     run_command,
@@ -71,21 +72,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         fine_tunes=["sft", "dpo", "kd"],
         layers=2,
-        hidden_size=32,
-        vocabulary=272,
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def card_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models of the model card's config, which names 32 layers."""
-    folder = tmp_path_factory.mktemp("card")
-    write_checkpoints(
-        folder,
-        base="medalpaca-7b",
-        fine_tunes=["medalpaca-sft", "medalpaca-kd"],
-        layers=32,
         hidden_size=32,
         vocabulary=272,
     )
@@ -390,12 +376,8 @@ def needs_names(config: str) -> bool:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
-def test_examples(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    folders = {
-        "medswin.yaml": "card_checkpoints",
-        "heads_and_neurons.yaml": "wide_checkpoints",
-    }
-    folder = request.getfixturevalue(folders.get(path.name, "checkpoints"))
+def test_examples(path: Path, demo: Demo, tmp_path: Path) -> None:
+    folder = demo.folder
     records, table = tmp_path / "records.json", tmp_path / "table.csv"
     done = command(folder, path, "--json", records, "--csv", table)
     if needs_names(path.read_text(encoding="utf-8")) and not TAKES_NAMES:
