@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from support import EXAMPLES, Demo, load_tensors, merge_here
 from test_examples import EXPECTED, MODELS, assert_merged
 
-from mergekit_nuslerp import cli
+from mergekit_nuslerp import __version__, cli
 from mergekit_nuslerp import demo as module
 from mergekit_nuslerp.checkpoints import write_checkpoints
 
@@ -64,7 +64,9 @@ def test_one_line_of_text_whatever_the_model_writes(demo: Demo) -> None:
 def test_card_of_the_result_names_method_and_base(demo: Demo) -> None:
     card = (demo.folder / "merged" / "README.md").read_text(encoding="utf-8")
     (sentence,) = (line for line in card.splitlines() if "merge method" in line)
-    assert "NuSLERP" in sentence and "base" in sentence
+    assert (
+        f"NuSLERP (mergekit-nuslerp {__version__})" in sentence and "base" in sentence
+    )
 
 
 def test_suggested_command_merges_again(demo: Demo, tmp_path: Path) -> None:
