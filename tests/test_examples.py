@@ -137,7 +137,9 @@ def assert_merged(
         exact = rule(name).exact(base[name], [other[name] for other in others])
         assert found.dtype == torch.bfloat16
         steps = steps_apart(found, exact.to(found.dtype))
-        assert steps.max() <= 1, name
+        # Where base and task vector cancel, by float32's rounding of either.
+        tiny = (found.double() - exact).abs() <= 1e-6 * exact.abs().max()
+        assert ((steps <= 1) | tiny).all(), name
         assert (steps > 0).sum() <= 1 + 0.001 * found.numel(), name
 
 
