@@ -22,7 +22,7 @@ from mergekit.io.tasks import LoaderCache
 from benchmarks.measure import MIB, Function, head, numbers, row, status
 from benchmarks.whole import CONFIG
 from mergekit_nuslerp.checkpoints import write_checkpoints
-from mergekit_nuslerp.inspection import inspect
+from mergekit_nuslerp.inspect import inspect
 from mergekit_nuslerp.kernel import gram_matrices
 
 GRANULARITIES = {"tensor": True, "row": False}  # and `nuslerp_flatten`

@@ -18,7 +18,7 @@ from matplotlib.patches import Arc, FancyBboxPatch
 
 from mergekit_nuslerp import nuslerp
 
-FILE = Path(__file__).with_name("magnitude.svg")
+FILE = Path(__file__).parents[1] / "docs" / "magnitude.svg"
 
 # Lengths and directions (degrees) of the two vectors.
 SHORT, LEFT = 1.0, 135.0

@@ -46,6 +46,7 @@ def write_checkpoints(
     fine_tunes: Sequence[str] = ("sft", "kd"),
     layers: int = 4,
     hidden_size: int = 64,
+    head_size: int | None = None,
     vocabulary: int = 320,
     dtype: str = "bfloat16",
     seed: int = 0,
@@ -64,6 +65,8 @@ def write_checkpoints(
         fine_tunes: names of the fine-tunes' folders.
         layers: number of transformer layers.
         hidden_size: width, a multiple of 32, or of 128 from 512 on.
+        head_size: of two attention heads that share a key, instead of heads that
+            make up the width.
         vocabulary: number of embedding rows, 259 at least. The tokenizer may know
             fewer tokens.
         dtype: PyTorch's name of the weights' dtype.
@@ -79,15 +82,15 @@ def write_checkpoints(
     """
     if vocabulary < _SMALLEST_VOCABULARY:
         raise ValueError(f"vocabulary must be {_SMALLEST_VOCABULARY} at least")
-    head_size = 64 if hidden_size >= 512 else 16
-    if hidden_size % (2 * head_size):
-        raise ValueError(f"hidden_size must be a multiple of {2 * head_size}")
+    narrow = 64 if hidden_size >= 512 else 16
+    if hidden_size % (2 * narrow):
+        raise ValueError(f"hidden_size must be a multiple of {2 * narrow}")
 
     import torch
     from huggingface_hub import save_torch_state_dict
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    heads = hidden_size // head_size
+    heads = 2 if head_size else hidden_size // narrow
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=vocabulary,
@@ -96,6 +99,7 @@ def write_checkpoints(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
+        head_dim=head_size or narrow,
         bos_token_id=1,
         eos_token_id=2,
         torch_dtype=dtype,

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_nuslerp import SWITCH, __version__, misspelt, register, switched_off
-from mergekit_nuslerp.messages import brief, printable, shortened
+from mergekit_nuslerp.messages import brief, shortened
 
 if TYPE_CHECKING:
-    from mergekit_nuslerp.inspection import Inspection
+    from mergekit_nuslerp.inspect import Inspection
 
 # Run in a fresh interpreter, which has not imported this package by hand.
 _PROBE = """
@@ -121,7 +120,10 @@ def run(arguments: tuple[str, ...]) -> None:
     register()
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-    mergekit_yaml(args=list(arguments), prog_name="mergekit-nuslerp run")
+    try:
+        mergekit_yaml(args=list(arguments), prog_name="mergekit-nuslerp run")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise click.ClickException(shortened(str(error))) from error
 
 
 def _off() -> str:
@@ -130,7 +132,7 @@ def _off() -> str:
 
 def _print_schema(context: click.Context, _option: Any, wanted: bool) -> None:
     if wanted:
-        from mergekit_nuslerp.inspection import Inspection
+        from mergekit_nuslerp.inspect import Inspection
 
         schema = Inspection.model_json_schema(mode="serialization")
         click.echo(json.dumps(schema, indent=2))
@@ -141,15 +143,31 @@ class _Refused(click.ClickException):
     exit_code = 2
 
 
+class _Inspect(click.Command):
+    def format_epilog(
+        self, context: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        from mergekit_nuslerp.inspect.figures import FIGURES
+
+        with formatter.section("Columns"):
+            rows = [
+                (each.heading, f"{each.title}: {each.meaning}.") for each in FIGURES
+            ]
+            formatter.write_dl(rows)
+
+
 _FILE = click.Path(path_type=Path)
+_STDOUT = Path("-")
 
 
-@main.command()
-@click.argument("config", type=_FILE)
+@main.command(cls=_Inspect)
+@click.argument("paths", metavar="CONFIG...", nargs=-1, required=True, type=_FILE)
+@click.option("--base", type=_FILE, help="Of checkpoints: the model they come from.")
 @click.option("--full", is_flag=True, help="Print a row for each tensor.")
 @click.option("--html", type=_FILE, help="Write a page for a browser.")
-@click.option("--json", "records", type=_FILE, help="Write all figures.")
-@click.option("--csv", type=_FILE, help="Write a spreadsheet.")
+@click.option("--json", "records", type=_FILE, help="Write all figures; - to print.")
+@click.option("--csv", type=_FILE, help="Write a spreadsheet; - to print.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if there are warnings.")
 @click.option(
     "--schema",
     is_flag=True,
@@ -168,100 +186,132 @@ _FILE = click.Path(path_type=Path)
 @click.option("--transformers-cache")
 @click.option("--trust-remote-code", is_flag=True)
 def inspect(
-    config: Path,
+    paths: tuple[Path, ...],
+    base: Path | None,
     full: bool,
     html: Path | None,
     records: Path | None,
     csv: Path | None,
+    strict: bool,
     **options: Any,
 ) -> None:
     """Show the geometry of a merge before it is carried out.
 
-    Reads the checkpoints of CONFIG once, as the merge would, and writes no model.
-    Prints angles and lengths of the (task) vectors by layer and by part of the model,
-    and what to look out for. Exits with 2 where something cannot be read or written.
+    Reads the checkpoints of each CONFIG once, as the merge would, and writes no model.
+    Says what matters, prints angles and lengths of the (task) vectors by layer and by
+    part of the model, and what to look out for. Several configs are compared. In place
+    of configs, folders of checkpoints may be listed. Exits with 2 where something
+    cannot be read or written.
     """
     outputs = [path for path in (html, records, csv) if path is not None]
     try:
         if switched_off():
             raise ValueError(_off())
-        check_writable(outputs, config)
-        if html is not None and importlib.util.find_spec("plotly") is None:
-            raise ValueError(
-                "--html needs plotly: pip install 'mergekit-nuslerp[inspect]'"
-            )
-        inspection = _inspected(config, options)
-        from mergekit_nuslerp import report
-
+        if html == _STDOUT:
+            raise ValueError("--html needs the name of a file")
+        check_writable(outputs, paths)
+        inspections = [
+            _inspected(name, content, options)
+            for name, content in _configs(paths, base)
+        ]
         texts = {}
         if html is not None:
-            from mergekit_nuslerp.page import page
+            from mergekit_nuslerp.inspect.page import page
 
-            texts[html] = page(inspection)
+            texts[html] = page(inspections)
         if records is not None:
-            texts[records] = inspection.model_dump_json(indent=2, by_alias=True) + "\n"
+            found = [
+                each.model_dump(mode="json", by_alias=True) for each in inspections
+            ]
+            texts[records] = (
+                json.dumps(found if found[1:] else found[0], indent=2) + "\n"
+            )
         if csv is not None:
-            texts[csv] = report.table(inspection)
+            from mergekit_nuslerp.inspect.figures import table
+
+            texts[csv] = table(inspections)
+        printed = texts.pop(_STDOUT, None)
         write_together(texts)
-    except (ImportError, OSError, ValueError) as error:
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise _Refused(shortened(str(error))) from error
-    click.echo(printable(report.text(inspection, full=full)), nl=False)
-    for path in outputs:
-        click.echo(f"wrote {path}")
+    if printed is not None:
+        click.echo(printed, nl=False)
+    else:
+        from rich.console import Console
+
+        from mergekit_nuslerp.inspect.terminal import show
+
+        show(inspections, Console(), full=full)
+    for path in texts:
+        click.echo(f"wrote {path}", err=printed is not None)
+    if strict and any(inspection.warnings for inspection in inspections):
+        sys.exit(1)
 
 
-def _inspected(config: Path, options: Mapping[str, Any]) -> Inspection:
-    """Read a config and inspect its merge, with a bar where someone is looking.
+def _configs(paths: Sequence[Path], base: Path | None) -> list[tuple[str, Any]]:
+    """What is to be inspected: the configs in files, or one of checkpoints.
 
     Raises:
-        ImportError, OSError, ValueError: whatever was wrong, in one line.
+        OSError, ValueError: a file that is not a config.
     """
-    with config.open(encoding="utf-8") as file, _bar() as progress:
-        import yaml
-        from safetensors import SafetensorError
+    if not any(path.is_dir() for path in paths):
+        if base is not None:
+            raise ValueError(
+                "--base goes with folders of checkpoints, not with configs"
+            )
+        return [(str(path), _content(path)) for path in paths]
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(
+                f"{path} is no folder; list configs or checkpoints, not both"
+            )
+    content: dict[str, Any] = {
+        "merge_method": "linear" if base is None else "task_arithmetic",
+        "models": [{"model": str(path), "parameters": {"weight": 1}} for path in paths],
+    }
+    return [("", content if base is None else {**content, "base_model": str(base)})]
 
-        try:
-            source = file.read()
-            content, *others = [*yaml.safe_load_all(source)] or [None]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{config} is not a text in UTF-8: {error}") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"{config} is not YAML: {error}") from error
-        if others:
-            raise ValueError(
-                f"{config} is not a single config: it holds {1 + len(others)}. Write "
-                "each to a file of its own"
-            )
 
-        if not isinstance(content, dict):
-            raise ValueError(
-                f"{config} is no config: it holds {brief(content)}, but must hold "
-                "names and values, such as `merge_method: nuslerp`"
-            )
-        if content.get("merge_method") != "nuslerp":
-            raise ValueError(
-                f"this config merges by {brief(content.get('merge_method'))}. "
-                "`inspect` shows merges by `nuslerp`: write `merge_method: nuslerp` "
-                "and a `weight` under each model to see these models' geometry"
-            )
+def _content(config: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content, *others = [*yaml.safe_load_all(config.read_text("utf-8"))] or [None]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config} is not a text in UTF-8: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config} is not YAML: {error}") from error
+    if others:
+        raise ValueError(
+            f"{config} is not a single config: it holds {1 + len(others)}. Write "
+            "each to a file of its own"
+        )
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{config} is no config: it holds {brief(content)}, but must hold "
+            "names and values, such as `merge_method: nuslerp`"
+        )
+    return content
+
+
+def _inspected(name: str, content: Any, options: Mapping[str, Any]) -> Inspection:
+    """Inspect a merge, with a bar where someone is looking.
+
+    Raises:
+        ArithmeticError, ImportError, OSError, RuntimeError, ValueError: what is wrong.
+    """
+    with _bar() as progress:
         register()  # first, as it checks configs while they are read
         from mergekit.config import MergeConfiguration
         from mergekit.options import MergeOptions
 
-        from mergekit_nuslerp.inspection import inspect
+        from mergekit_nuslerp.inspect.measure import blaming_input, inspect
 
-        try:
-            parsed = MergeConfiguration.model_validate(content)
-            return inspect(parsed, MergeOptions(**options), progress=progress)
-        except (
-            ArithmeticError,
-            AssertionError,
-            LookupError,
-            RuntimeError,
-            SafetensorError,
-            TypeError,
-        ) as error:
-            raise ValueError(str(error)) from error
+        with blaming_input():
+            config = MergeConfiguration.model_validate(content)
+        found = inspect(config, MergeOptions(**options), progress=progress)
+    found.config, found.method = name, found.method if name else ""
+    return found
 
 
 @contextmanager
@@ -270,29 +320,20 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        with click.progressbar(length=1, label="Reading", file=sys.stderr) as plain:
+    from rich.console import Console
+    from rich.progress import Progress
 
-            def advance(done: int, total: int) -> None:
-                plain.length = total
-                plain.update(done - plain.pos)
-
-            yield advance
-    else:
-        with Progress(console=Console(stderr=True), transient=True) as rich:
-            task = rich.add_task("Starting", total=None)
-            yield lambda done, total: rich.update(
-                task, description="Reading", completed=done, total=total
-            )
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Starting", total=None)
+        yield lambda done, total: bar.update(
+            task, description="Reading", completed=done, total=total
+        )
 
 
 @main.command()
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 def demo(out: Path) -> None:
-    """Make three small checkpoints in OUT, merge them, and show the result."""
+    """Make small checkpoints in OUT, merge two of them, and show the result."""
     if switched_off():
         raise click.UsageError(_off())
     from mergekit_nuslerp.demo import run as run_demo
@@ -300,15 +341,18 @@ def demo(out: Path) -> None:
     sys.exit(run_demo(out))
 
 
-def check_writable(paths: Sequence[Path], config: Path) -> None:
+def check_writable(paths: Sequence[Path], configs: Sequence[Path]) -> None:
     """See that files can be written, before work is done for them.
 
     Raises:
-        ValueError: one that cannot, or one that is named twice or is the config.
+        ValueError: one that cannot, or one that is named twice or is a config.
     """
-    if len({path.resolve() for path in (config, *paths)}) <= len(paths):
+    resolved = {path.resolve() for path in paths}
+    if len(resolved) < len(paths) or resolved & {path.resolve() for path in configs}:
         raise ValueError("each output needs a file of its own, other than the config")
     for path in paths:
+        if path == _STDOUT:
+            continue
         if path.exists() and not path.is_file():
             raise ValueError(f"cannot write {path}: it is not a file")
         try:

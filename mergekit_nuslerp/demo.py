@@ -3,8 +3,9 @@
 
 """`mergekit-nuslerp demo`: a whole merge, small and without a download.
 
-Generates a base and two fine-tunes of it, merges them with mergekit's own command
-as a user would, and checks the result against the formula.
+Generates a base and fine-tunes of it, merges two of them with mergekit's own command
+as a user would, and checks the result against the formula. The models are called what
+the example configs call them, and have heads as wide as those expect.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from mergekit_nuslerp import __version__
@@ -27,9 +30,11 @@ from mergekit_nuslerp.checkpoints import write_checkpoints
 if TYPE_CHECKING:
     import torch
 
-BASE = "medalpaca-7b"
-FINE_TUNES = ("medalpaca-sft", "medalpaca-kd")
-LAYERS = 32
+BASE = "base"
+FINE_TUNES = ("sft", "kd")
+# Some examples merge a third one, which went further from the base.
+_THIRD, _FURTHER = "dpo", 0.06
+LAYERS, _HIDDEN_SIZE, _HEAD_SIZE = 32, 128, 128
 
 # The config on the model card of MedSwin/MedSwin-Merged-NuSLERP-KD-0.7, with paths
 # in place of the models' names.
@@ -91,12 +96,22 @@ def _demo(out: Path) -> None:
     root = _empty_folder(out)
     config, merged = root / "config.yaml", root / "merged"
 
-    _say(f"Writing three small Llama checkpoints to {out} ...")
-    folders = write_checkpoints(root, base=BASE, fine_tunes=FINE_TUNES, layers=LAYERS)
+    _say(f"Writing four small Llama checkpoints to {out} ...")
+    write = partial(
+        write_checkpoints,
+        base=BASE,
+        layers=LAYERS,
+        hidden_size=_HIDDEN_SIZE,
+        head_size=_HEAD_SIZE,
+    )
+    folders = write(root, fine_tunes=FINE_TUNES)
+    with TemporaryDirectory(dir=root) as aside:
+        *_, third = write(Path(aside), fine_tunes=[_THIRD], change=_FURTHER)
+        third.rename(root / _THIRD)
     base, sft, kd = (_yaml_path(folder) for folder in folders)
     config.write_text(CONFIG.format(base=base, sft=sft, kd=kd), encoding="utf-8")
     _say(f"  {BASE}: the base, {LAYERS} layers, bfloat16, random weights")
-    for name in FINE_TUNES:
+    for name in (*FINE_TUNES, _THIRD):
         _say(f"  {name}: a fine-tune of it")
     _say("  config.yaml: the config on the model card of MedSwin-Merged-NuSLERP-KD-0.7")
 
@@ -112,12 +127,18 @@ def _demo(out: Path) -> None:
     _say("  merged by the plugin: NuSLERP of the two task vectors at t = 0.7")
     _say(f"  {tensors} tensors, {agreement:.3%} of their elements equal to float64")
     _say("  arithmetic rounded once to bfloat16")
-    _say(f"  loads in transformers; random weights write: {text!r}")
+    _say(f"  loads in transformers, and writes (random weights write nonsense): {text}")
+    _say("  These tensors are too small to time: most of it is mergekit's start.")
 
-    status = _shell("mergekit-nuslerp", "status")
     again = _shell("mergekit-yaml", config, root / "again")
+    page = _shell("mergekit-nuslerp", "inspect", config, "--html", root / "page.html")
+    example = _shell("cd", root)
     _say("\nWhat to try next")
-    _say(f"  see that the plugin is on:   {status}")
+    _say(f"  see what decides the merge, then open page.html:\n    {page}")
+    _say(
+        "  an example of the repository; every one of them runs in this folder:\n"
+        f"    {example} && mergekit-yaml CLONE/example_configs/three_models.yaml three"
+    )
     _say(f"  change a weight in {config} and merge again:\n    {again}")
     _say(f"  the same merge by mergekit's own nuslerp:\n    MERGEKIT_NUSLERP=0 {again}")
     _say("  your own models: put their paths in the config")
@@ -238,7 +259,8 @@ def _generate(folder: Path) -> str:
     )
     if len(tokens) == prompt["input_ids"].shape[1]:
         raise _Failure("the merged model generates nothing")
-    return str(tokenizer.decode(tokens))
+    # In ASCII: whatever bytes come, no terminal is spoilt and no line is broken.
+    return ascii(tokenizer.decode(tokens))
 
 
 def _yaml_path(path: Path) -> str:

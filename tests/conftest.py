@@ -53,16 +53,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wide_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base`, `sft`, `kd` with one layer, of rows and columns that 128 divides."""
-    from mergekit_nuslerp.checkpoints import write_checkpoints
-
-    folder = tmp_path_factory.mktemp("wide")
-    write_checkpoints(folder, layers=1, hidden_size=512, vocabulary=272)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """The demo, run once. Its folder is not to be written to."""
     from mergekit_nuslerp.demo import run

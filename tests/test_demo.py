@@ -17,9 +17,9 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from support import EXAMPLES, Demo, load_tensors, merge_here
-from test_examples import CARD_MODELS, EXPECTED, assert_merged
+from test_examples import EXPECTED, MODELS, assert_merged
 
-from mergekit_nuslerp import cli
+from mergekit_nuslerp import __version__, cli
 from mergekit_nuslerp import demo as module
 from mergekit_nuslerp.checkpoints import write_checkpoints
 
@@ -27,14 +27,14 @@ from mergekit_nuslerp.checkpoints import write_checkpoints
 def test_merges_and_says_so(demo: Demo) -> None:
     assert demo.status == 0, demo.stderr
     assert "merged by the plugin" in demo.stdout
-    for name in (*CARD_MODELS, "config.yaml"):
+    for name in (*MODELS, "config.yaml"):
         assert name in demo.stdout
     rule = EXPECTED["medswin.yaml"]
-    assert_merged(demo.folder / "merged", demo.folder, CARD_MODELS, rule)
+    assert_merged(demo.folder / "merged", demo.folder, MODELS, rule)
 
 
 def test_writes_sharded_bfloat16_checkpoints_of_32_layers(demo: Demo) -> None:
-    for name in CARD_MODELS:
+    for name in MODELS:
         folder = demo.folder / name
         assert len(list(folder.glob("*.safetensors"))) > 1
         tensors = load_tensors(folder)
@@ -53,22 +53,30 @@ def test_config_is_the_model_cards(demo: Demo) -> None:
     assert demo.folder.is_absolute() and prefix in written
     bare = yaml.safe_load(written.replace(prefix, ""))
     assert bare == yaml.safe_load(example.replace("./", ""))
-    assert bare["base_model"] == CARD_MODELS[0]
+    assert bare["base_model"] == MODELS[0]
+
+
+def test_one_line_of_text_whatever_the_model_writes(demo: Demo) -> None:
+    (line,) = (line for line in demo.stdout.splitlines() if "random weights w" in line)
+    assert line.isascii() and line.isprintable() and line.endswith("'")
 
 
 def test_card_of_the_result_names_method_and_base(demo: Demo) -> None:
     card = (demo.folder / "merged" / "README.md").read_text(encoding="utf-8")
     (sentence,) = (line for line in card.splitlines() if "merge method" in line)
-    assert "NuSLERP" in sentence and "medalpaca-7b" in sentence
+    assert (
+        f"NuSLERP (mergekit-nuslerp {__version__})" in sentence and "base" in sentence
+    )
 
 
 def test_suggested_command_merges_again(demo: Demo, tmp_path: Path) -> None:
-    (command,) = (
-        shlex.split(line)
-        for line in demo.stdout.splitlines()
-        if line.strip().startswith("mergekit-yaml")
-    )
-    _, config, again = command
+    *_, suggested = demo.stdout.partition("What to try next")
+    commands = [
+        shlex.split(line) for line in suggested.splitlines() if line.startswith("    ")
+    ]
+    assert commands[0][1] == "inspect" and "--html" in commands[0]
+    (again_by,) = (words for words in commands if words[0] == "mergekit-yaml")
+    _, config, again = again_by
     assert Path(again).parent == demo.folder and not Path(again).exists()
     text = Path(config).read_text(encoding="utf-8")
     merge_here(text, tmp_path / "again", cwd=tmp_path)
@@ -94,7 +102,7 @@ def test_result_loads_with_its_own_weights_and_tokenizer(demo: Demo) -> None:
 
 def _linked(demo: Demo, root: Path) -> Path:
     """A folder with the demo's checkpoints, and room for another result."""
-    for name in CARD_MODELS:
+    for name in MODELS:
         (root / name).symlink_to(demo.folder / name, target_is_directory=True)
     (root / "merged").mkdir()
     return root
@@ -105,9 +113,9 @@ def test_check_tells_slerp_from_linear_interpolation(
 ) -> None:
     agreement, tensors = module._agreement(demo.folder)
     assert agreement >= 0.999
-    assert tensors == len(load_tensors(demo.folder / CARD_MODELS[0]))
+    assert tensors == len(load_tensors(demo.folder / MODELS[0]))
 
-    _, first, second = (load_tensors(demo.folder / name) for name in CARD_MODELS)
+    _, first, second = (load_tensors(demo.folder / name) for name in MODELS)
     linear = {name: torch.lerp(first[name], second[name], 0.7) for name in first}
     root = _linked(demo, tmp_path)
     save_file(linear, root / "merged" / "model.safetensors")

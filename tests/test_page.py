@@ -8,19 +8,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from html.parser import HTMLParser
-from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
-from mergekit_nuslerp import report
-from mergekit_nuslerp.inspection import (
+from mergekit_nuslerp.inspect.figures import (
+    FIGURES,
     Distribution,
     Inspection,
     Pair,
@@ -28,12 +26,9 @@ from mergekit_nuslerp.inspection import (
     Skipped,
     TensorGeometry,
 )
-from mergekit_nuslerp.page import page
+from mergekit_nuslerp.inspect.page import page
+from mergekit_nuslerp.inspect.verdict import verdict, warnings
 
-needs_plotly = pytest.mark.skipif(
-    find_spec("plotly") is None,
-    reason="plotly is not installed: pip install '.[inspect]'",
-)
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
     None,
@@ -44,7 +39,7 @@ PROJECTIONS = ("input_layernorm", "self_attn.q_proj", "mlp.down_proj")
 HOSTILE = (
     "org/</script><script>alert(1)</script>",
     'org/"><img src=x onerror=alert(2)>',
-    "org/{{plotly}}<!--<script>",
+    "org/{{data}}<!--<script>",
 )
 
 
@@ -118,6 +113,7 @@ def tensor(
             Part(
                 model=model,
                 weight=1 / len(models),
+                effective=None if frozen else 1 / len(models),
                 norm=0 if frozen and index else 1 + index,
                 relative_norm=None,
                 zero=vectors if frozen and index else 0,
@@ -161,7 +157,8 @@ def inspection(models: Sequence[str], *, layers: int) -> Inspection:
     head = tensor(
         "lm_head.weight", models, projection="lm_head", vectors=80, frozen=False
     )
-    return Inspection(
+    found = Inspection(
+        config="a.yaml",
         mergekit_nuslerp="0",
         mergekit="0",
         models=list(models),
@@ -170,6 +167,8 @@ def inspection(models: Sequence[str], *, layers: int) -> Inspection:
         left_out=["vision"],
         unmatched=[f"q_prj{HOSTILE[0]}"],
     )
+    found.verdict, found.warnings = verdict(found), list(warnings(found))
+    return found
 
 
 SHAPES = {
@@ -181,27 +180,24 @@ SHAPES = {
 shapes = pytest.mark.parametrize("shown", SHAPES.values(), ids=SHAPES)
 
 
-@needs_plotly
 @shapes
 def test_the_page_holds_every_figure(shown):
-    tags = Tags(page(shown))
+    tags = Tags(page([shown, shown]))
     data = json.loads(tags.text["data"])
-    assert data == json.loads(shown.model_dump_json(by_alias=True))
-    assert json.loads(tags.text["told"]) == list(report.warnings(shown))
+    assert data["inspections"] == [json.loads(shown.model_dump_json(by_alias=True))] * 2
+    assert [figure["name"] for figure in data["figures"]][:2] == ["angle", "effective"]
 
 
-@needs_plotly
 def test_names_do_not_become_markup():
     """Neither the elements nor their attributes depend on how models are called."""
-    plain = Tags(page(inspection(("a", "b", "c"), layers=3)))
-    hostile = Tags(page(inspection(HOSTILE, layers=3)))
+    plain = Tags(page([inspection(("a", "b", "c"), layers=3)]))
+    hostile = Tags(page([inspection(HOSTILE, layers=3)]))
     assert hostile.count == plain.count
     assert hostile.attributes == plain.attributes
 
 
-@needs_plotly
 def test_nothing_comes_from_outside():
-    text = page(SHAPES["two models"])
+    text = page([SHAPES["two models"]])
     tags = Tags(text)
     assert not {"link", "img", "iframe", "base"} & tags.count.keys()
     assert not {"src", "href", "srcset", "data"} & {name for name, _ in tags.attributes}
@@ -215,14 +211,7 @@ def test_nothing_comes_from_outside():
     assert set(" ".join(rules.values()).split()) == {
         "'none'",
         "'unsafe-inline'",
-        "data:",
     }
-
-
-def test_without_plotly_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(ImportError, match=r"pip install 'mergekit-nuslerp\[inspect\]'"):
-        page(SHAPES["two models"])
 
 
 def rendered(text: str, folder: Path, fragment: str) -> tuple[Tags, str]:
@@ -250,7 +239,6 @@ def rendered(text: str, folder: Path, fragment: str) -> tuple[Tags, str]:
     return Tags(process.stdout), "\n".join(complaints)
 
 
-@needs_plotly
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize(
     "shape, selected",
@@ -261,41 +249,36 @@ def rendered(text: str, folder: Path, fragment: str) -> tuple[Tags, str]:
 )
 def test_a_browser_draws_it(shape, selected, tmp_path):
     shown = SHAPES[shape]
-    tags, complaints = rendered(page(shown), tmp_path, selected)
+    tags, complaints = rendered(page([shown]), tmp_path, selected)
     assert not complaints
     assert "hidden" in tags.by_id["problem"], tags.text.get("problem")
     assert "img" not in tags.count
     assert tags.text["name"] == selected
-    warnings = list(report.warnings(shown))
-    assert len(warnings) > 2
-    assert tags.count["li"] == len(warnings) + len(shown.skipped)
-    assert "hidden" not in tags.by_id["warnings"]
+    assert len(shown.warnings) > 2
+    assert tags.count["li"] == len(shown.warnings) + len(shown.skipped)
+    assert tags.count["pre"] == sum(bool(each.lines) for each in shown.verdict)
 
-    # One picture for the colours of each map, one for the cells beneath.
-    maps = 3 if any(tensor.layer is not None for tensor in shown.tensors) else 0
-    pictures = [value for name, value in tags.attributes if name == "xlink:href"]
-    assert len(pictures) == 2 * maps
-    assert all(picture.startswith("data:image/png") for picture in pictures)
+    # A map for each figure, with a cell for each tensor within layers.
+    layered = [tensor for tensor in shown.tensors if tensor.layer is not None]
+    maps = tags.count["figure"]
+    assert maps == len(FIGURES)
+    cells = [value for name, value in tags.attributes if name == "data-name"]
+    assert Counter(cells) == {tensor.name: len(FIGURES) for tensor in layered}
 
     chosen = next(tensor for tensor in shown.tensors if tensor.name == selected)
-    two, many = len(chosen.parts) == 2, chosen.vectors > 1
-    # Of the histogram, and of the models' shares where these take the dial's place.
-    bars = (BINS if many else 0) + (0 if two else len(chosen.parts))
-    assert tags.classes["g", "point"] == bars
-    assert ("hidden" in tags.by_id["spread"]) == (not many)
-    assert ("hidden" in tags.by_id["slider"]) == (not two)
-    marks = tags.classes["path", "point"]
-    assert marks > 0 if two else marks == 0
-    assert "all rules are linear" not in tags.text["dial-said"]
+    assert tags.classes["td", "chosen"] == (len(FIGURES) if layered else 0)
+    bars = [value for name, value in tags.attributes if value.startswith("height: ")]
+    assert len(bars) == (BINS if chosen.vectors > 1 else 0)
+    assert ("svg" in tags.count) == (len(chosen.parts) == 2)
+    assert "all rules are linear" not in tags.text.get("dial-said", "")
 
 
-@needs_plotly
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_what_counts_as_opposite_is_what_the_merge_counts(tmp_path):
     """At 0.5 radians, where the page's own arithmetic sees nothing opposite."""
     shown = SHAPES["two models"].model_copy(deep=True)
     head = shown.tensors[-1]
     head.pairs[0].antipodal = head.vectors
-    tags, complaints = rendered(page(shown), tmp_path, head.name)
+    tags, complaints = rendered(page([shown]), tmp_path, head.name)
     assert not complaints
     assert "all rules are linear" in tags.text["dial-said"]

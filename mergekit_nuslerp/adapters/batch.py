@@ -29,7 +29,7 @@ from mergekit.merge_methods.batching import prepare_batches
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from pydantic import ValidationError
 
-from mergekit_nuslerp import parameters
+from mergekit_nuslerp import __version__, parameters
 from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.kernel import merge_batch
 from mergekit_nuslerp.parameters import DEFAULTS
@@ -103,7 +103,7 @@ class NuslerpMethod(BatchedMergeMethod):
         super().__init__(
             MergeMethodSpec(
                 name="nuslerp",
-                pretty_name="NuSLERP",
+                pretty_name=f"NuSLERP (mergekit-nuslerp {__version__})",
                 parameters=_specs(),
                 optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
                 contract=InputContract(

@@ -17,7 +17,7 @@ from mergekit.merge_methods.base import (
 )
 from mergekit.merge_methods.rectify_embed import rectify_embed_sizes
 
-from mergekit_nuslerp import parameters
+from mergekit_nuslerp import __version__, parameters
 from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.parameters import WORDS
 from mergekit_nuslerp.plugin import announce_merge
@@ -119,7 +119,7 @@ class NuslerpMethod(MergeMethod):
         return "nuslerp"
 
     def pretty_name(self) -> Optional[str]:
-        return "NuSLERP"
+        return f"NuSLERP (mergekit-nuslerp {__version__})"
 
     def parameters(self) -> List[ConfigParameterDef]:
         return _SHARED

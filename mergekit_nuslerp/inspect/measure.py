@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from itertools import combinations
 from typing import Any
@@ -26,7 +28,6 @@ from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.merge import _model_out_config
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from pydantic import AliasChoices, BaseModel, Field
 from safetensors import safe_open
 
 import mergekit_nuslerp
@@ -39,6 +40,15 @@ from mergekit_nuslerp.geometry import (
     normalize_weights,
     sums_to_zero,
 )
+from mergekit_nuslerp.inspect.figures import (
+    Distribution,
+    Inspection,
+    Pair,
+    Part,
+    Skipped,
+    TensorGeometry,
+)
+from mergekit_nuslerp.inspect.verdict import verdict, warnings
 from mergekit_nuslerp.kernel import NonFiniteError, RangeError, gram_matrices
 from mergekit_nuslerp.parameters import (
     ConfigError,
@@ -48,111 +58,20 @@ from mergekit_nuslerp.parameters import (
 )
 from mergekit_nuslerp.plugin import mergekit_version
 
+OURS = "nuslerp"
+
 # Bins of the angles' histograms.
 _BINS = 40
 
 # Vectors at a smaller angle, in radians, are counted as parallel.
 _PARALLEL = 1e-6
 
+# Methods to which the base is one of the models. To all others it is the origin of
+# task vectors.
+_WITHOUT_TASKS = ("linear", "slerp", "karcher", "nearswap", "arcee_fusion")
 
-class Distribution(BaseModel):
-    """Angles between the vectors of two models, in radians."""
-
-    p5: float
-    p25: float
-    p50: float
-    p75: float
-    p95: float
-    smallest: float
-    largest: float
-    histogram: list[int] = Field(
-        description="how many angles fall into each of equal bins from smallest to "
-        "largest; a single bin where these are equal"
-    )
-
-
-class Pair(BaseModel):
-    """Two models' vectors in one tensor."""
-
-    first: str
-    second: str
-    angle: Distribution | None = Field(
-        description="of the vectors that neither model has as zero; null without any"
-    )
-    parallel: int = Field(description="vectors at less than a millionth of a radian")
-    antipodal: int = Field(description="vectors that are opposite, so merged linearly")
-
-
-class Part(BaseModel):
-    """One model's share in a tensor."""
-
-    model: str
-    weight: float = Field(description="as resolved, divided by the sum of the weights")
-    norm: float = Field(description="length of its (task) vector over the whole tensor")
-    relative_norm: float | None = Field(
-        description="that length over the base weight's; null without a base"
-    )
-    zero: int = Field(description="vectors that are zero: unchanged from the base")
-
-
-class TensorGeometry(BaseModel):
-    """What decides the merge of one tensor."""
-
-    name: str
-    stack: str | None = Field(description="the name up to the layer's number, or null")
-    layer: int | None = Field(description="the layer's number, null outside of layers")
-    projection: str = Field(description="the name without layer number and 'weight'")
-    shape: list[int]
-    dtype: str
-    granularity: str
-    magnitude: str
-    zero_sum: bool = Field(description="the weights sum to zero, so all are equal")
-    lambda_: float = Field(
-        validation_alias=AliasChoices("lambda", "lambda_"), serialization_alias="lambda"
-    )
-    t: float | None = Field(description="of two models: 0 is the first, 1 the second")
-    vectors: int
-    base: str | None = Field(description="null where no task vectors are merged")
-    parts: list[Part]
-    absent: list[str] = Field(description="models that do not have the tensor")
-    pairs: list[Pair]
-    norm_ratio: float | None = Field(
-        description="largest over smallest norm of a part; null where that is zero"
-    )
-    base_norm: float | None
-    linear: int = Field(description="vectors without a unique mean, merged linearly")
-    departure: float | None = Field(
-        description="distance between this merge and the linear one with the same "
-        "weights, over the linear one's length (of task vectors where there is a base, "
-        "and without lambda); null where that is zero"
-    )
-    length: float | None = Field(
-        description="length of the merged (task) vector, without lambda, over the "
-        "weighted mean of the parts' norms; null where that is not above zero"
-    )
-
-
-class Skipped(BaseModel):
-    """A tensor that the merge does not interpolate."""
-
-    name: str
-    reason: str
-
-
-class Inspection(BaseModel):
-    """The geometry of a merge. Angles are in radians."""
-
-    schema_version: int = 1
-    mergekit_nuslerp: str
-    mergekit: str
-    models: list[str]
-    tensors: list[TensorGeometry]
-    skipped: list[Skipped]
-    left_out: list[str] = Field(
-        description="modules of the models that the config does not mention, so that "
-        "the merged model will not have them"
-    )
-    unmatched: list[str] = Field(description="filters that no tensor's name contains")
+# Of whose errors we can say that the input is to blame.
+_FOREIGN = ("mergekit", "transformers", "tokenizers", "safetensors", "huggingface_hub")
 
 
 def inspect(
@@ -166,31 +85,62 @@ def inspect(
     Tensors are loaded one after the other, and nothing is written.
 
     Args:
-        config: mergekit's configuration of a merge by `nuslerp`.
+        config: mergekit's configuration of a merge. Of another method than `nuslerp`
+            only the models' geometry is measured.
         options: mergekit's options, as for the merge.
         progress: called with the tensors done and their number, before the first
             tensor and after each.
 
     Raises:
-        ConfigError: a config of another method, or one that cannot be run.
+        ConfigError: a config that cannot be run, a checkpoint that cannot be read.
         ValueError: NaN or infinity in a checkpoint, with the tensor's and model's name.
         OverflowError: squared lengths that leave float64, with the tensor's name.
     """
-    if config.merge_method != "nuslerp":
-        raise ConfigError(
-            f"this config merges by `{config.merge_method}`. `inspect` shows merges by "
-            "`nuslerp`: write `merge_method: nuslerp` and a `weight` under each model "
-            "to see these models' geometry"
-        )
     register()
     if mergekit_nuslerp.failure:
         raise ConfigError(mergekit_nuslerp.failure)
-    config = config.model_copy(deep=True)  # mergekit rewrites it while it plans
-    options = options or MergeOptions()
-    models = config.referenced_models()  # in any order
+    method = config.merge_method
+    with blaming_input():
+        # A copy, as mergekit rewrites it while it plans.
+        config = config.model_copy(deep=True) if method == OURS else _as_ours(config)
+        options = options or MergeOptions()
+        planner, tasks, copied, unmatched = _plan(config, options)
+        if progress:
+            progress(0, len(tasks))
+        found: dict[str, TensorGeometry | Skipped] = {}
+        executor = Executor(
+            targets=tasks, math_device=options.device, storage_device="cpu"
+        )
+        for task, measured in executor.run(quiet=True):
+            found[task.planned.name] = measured
+            if progress:
+                progress(len(found), len(tasks))
+    in_order = [found[task.planned.name] for task in tasks]
+    tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
+    if method != OURS:
+        tensors = [_without_weights(tensor) for tensor in tensors]
+    inspection = Inspection(
+        mergekit_nuslerp=mergekit_nuslerp.__version__,
+        mergekit=mergekit_version(),
+        method=method,
+        models=list(dict.fromkeys(name for t in tensors for name in _models(t))),
+        tensors=tensors,
+        skipped=[*copied, *(entry for entry in in_order if isinstance(entry, Skipped))],
+        left_out=planning.left_out(planner),
+        unmatched=unmatched,
+    )
+    inspection.verdict = verdict(inspection)
+    inspection.warnings = list(warnings(inspection))
+    return inspection
+
+
+def _plan(
+    config: MergeConfiguration, options: MergeOptions
+) -> tuple[MergePlanner, list[_Measure], list[Skipped], list[str]]:
+    """What mergekit would do: tensors to measure, others, filters without tensors."""
     loaders = LoaderCache()
     loaders.setup(options=options)
-    for model in models:
+    for model in config.referenced_models():
         _check_files(loaders, model)
     architecture = get_architecture_info(config, options)
     planner = MergePlanner(
@@ -203,13 +153,10 @@ def inspect(
     )
     planner.is_inspection = True
     wanted = planning.filters(planning.settings_of(config))
-    targets = [
-        target
-        for target in planner.plan_to_disk(out_path="")  # only plans
-        if isinstance(target, SaveTensor)
-    ]
     tasks, copied = [], []
-    for target in targets:
+    for target in planner.plan_to_disk(out_path=""):  # only plans
+        if not isinstance(target, SaveTensor):
+            continue
         planned = plugin.adapter().planned(target.tensor_task)
         if planned is None:
             copied.append(
@@ -217,26 +164,77 @@ def inspect(
             )
         else:
             tasks.append(_Measure(planned=planned))
-    found: dict[str, TensorGeometry | Skipped] = {}
-    if progress:
-        progress(0, len(tasks))
-    executor = Executor(targets=tasks, math_device=options.device, storage_device="cpu")
-    for task, measured in executor.run(quiet=True):
-        found[task.planned.name] = measured
-        if progress:
-            progress(len(found), len(tasks))
     names = {name for task in tasks for name in task.planned.names}
-    in_order = [found[task.planned.name] for task in tasks]
-    tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
-    return Inspection(
-        mergekit_nuslerp=mergekit_nuslerp.__version__,
-        mergekit=mergekit_version(),
-        models=list(dict.fromkeys(name for t in tensors for name in _models(t))),
-        tensors=tensors,
-        skipped=[*copied, *(entry for entry in in_order if isinstance(entry, Skipped))],
-        left_out=planning.left_out(planner),
-        unmatched=planning.unmatched(wanted, names),
+    return planner, tasks, copied, planning.unmatched(wanted, names)
+
+
+@contextmanager
+def blaming_input() -> Iterator[None]:
+    """Turn errors of mergekit and of what it loads with into errors about the input.
+
+    Ours stay as they are: those of bugs must keep their traceback.
+    """
+    try:
+        yield
+    except (ConfigError, OSError):
+        raise
+    except Exception as error:
+        files = [frame.f_globals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        packages = [names.get("__name__", "").partition(".")[0] for names in files]
+        known = [name for name in packages if name in (*_FOREIGN, "mergekit_nuslerp")]
+        if known and known[-1] in _FOREIGN:
+            what = type(error).__name__ if not isinstance(error, RuntimeError) else ""
+            reason = f"{what}: {error}".strip(": ")
+            raise ConfigError(f"mergekit cannot read this: {reason}") from error
+        raise
+
+
+def _as_ours(config: MergeConfiguration) -> MergeConfiguration:
+    """A config of another method as one by which `nuslerp` would merge its models."""
+    content = config.model_dump(mode="json", exclude_none=True)
+    nodes = list(_nodes(content, None))
+    lists = [
+        (name, node[name], base)
+        for node, base in nodes
+        for name in ("models", "sources")
+        if node.get(name)
+    ]
+    has_tasks = config.merge_method not in _WITHOUT_TASKS and all(
+        sum(entry["model"] != base for entry in inputs) > 1 for _, inputs, base in lists
     )
+    for node, _ in nodes:
+        node.pop("parameters", None)
+        if not has_tasks:
+            node.pop("base_model", None)
+    for name, inputs, base in lists:
+        listed = [entry["model"] for entry in inputs]
+        if not has_tasks and base and base not in listed and name == "models":
+            inputs.insert(0, {"model": base})  # which mergekit itself adds there
+        for entry in inputs:
+            is_origin = has_tasks and entry["model"] == base
+            entry["parameters"] = {} if is_origin else {"weight": 1}
+    return MergeConfiguration.model_validate({**content, "merge_method": OURS})
+
+
+def _nodes(
+    node: dict[str, Any], base: str | None
+) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """The config, its modules and slices, each with the base that goes with it."""
+    base = node.get("base_model", base)
+    yield node, base
+    for part in (*node.get("slices", ()), *node.get("modules", {}).values()):
+        yield from _nodes(part, base)
+
+
+def _without_weights(tensor: TensorGeometry) -> TensorGeometry:
+    """Without what only a merge by `nuslerp` has."""
+    none = dict.fromkeys(("magnitude", "lambda_", "t", "departure", "length"))
+    parts = [
+        part.model_copy(update={"weight": None, "effective": None})
+        for part in tensor.parts
+    ]
+    more = {"parts": parts, "zero_sum": False, "linear": 0}
+    return tensor.model_copy(update={**none, **more})
 
 
 def _models(tensor: TensorGeometry) -> list[str]:
@@ -258,7 +256,7 @@ def _check_files(loaders: LoaderCache, model: ModelReference) -> None:
             if missing:
                 raise ConfigError(f"{min(missing)} is not in it")
     except Exception as error:  # of files, of formats, of networks
-        reason = str(error)
+        reason = str(error) or "a file is empty or cut short"
         if not os.path.exists(path):
             # Of what looks like a path, a hub only says that it is no name.
             is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
@@ -349,6 +347,7 @@ def _described(
     linear = _length(weights.expand_as(coefficients), grams)
     departure = _length(coefficients - weights, grams)
     mean_norm = float((weights * norms).sum())
+    effective = _effective(coefficients, grams)
     stem = planned.name.removesuffix(".weight")
     layer = re.search(r"\.(\d+)\.", stem)
     return TensorGeometry(
@@ -369,6 +368,7 @@ def _described(
             Part(
                 model=str(model),
                 weight=float(weights[index]),
+                effective=effective[index],
                 norm=float(norms[index]),
                 relative_norm=_ratio(float(norms[index]), base_norm),
                 zero=int((squares[:, index] == 0).sum()),
@@ -392,6 +392,28 @@ def _length(coefficients: torch.Tensor, grams: torch.Tensor) -> float:
     """Length over the whole tensor of sums of its vectors."""
     products = (grams @ coefficients.unsqueeze(-1)).squeeze(-1)
     return float((coefficients * products).sum().clamp(min=0).sqrt())
+
+
+def _effective(
+    coefficients: torch.Tensor, grams: torch.Tensor
+) -> list[float] | list[None]:
+    """The weights with which the merged directions are means on the sphere.
+
+    A mean u of unit vectors u_i with weights w_i is the sum of w_i u_i a_i / sin a_i,
+    up to its length, where a_i is the angle between u and u_i. Here u is known, and so
+    the weights are. Of many vectors, their mean; None where only one model has any.
+    """
+    lengths = grams.diagonal(dim1=-2, dim2=-1).sqrt()
+    products = (grams @ coefficients.unsqueeze(-1)).squeeze(-1)
+    merged = (coefficients * products).sum(-1, keepdim=True).clamp(min=0).sqrt()
+    cosines = (products / (lengths * merged)).nan_to_num().clamp(-1, 1)
+    shares = coefficients * lengths * torch.sinc(cosines.acos() / torch.pi)
+    total = shares.sum(-1)
+    is_mean = (total > 1e-9 * shares.abs().sum(-1)) & ((lengths > 0).sum(-1) > 1)
+    is_mean &= merged.squeeze(-1) > 1e-9 * lengths.sum(-1)  # else they cancel
+    if not is_mean.any():
+        return [None] * len(shares[0])
+    return (shares / total.unsqueeze(-1))[is_mean].mean(0).tolist()
 
 
 def _ratio(value: float, unit: float | None) -> float | None:
