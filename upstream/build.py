@@ -69,7 +69,7 @@ def edit(path: str, old: str, new: str, *, within: str = "") -> Change:
         part = "".join(lines[start:end])
         if part.count(old) != 1:
             raise LookupError(f"{path} {within} has {part.count(old)} times {old!r}")
-        lines[start:end] = [part.replace(old, new)]
+        lines[start:end] = [part.replace(old, filled(new))]
         (tree / path).write_text("".join(lines), "utf-8")
 
     return change
