@@ -147,11 +147,9 @@ EXACT = Proposal(
             _NUSLERP,
             "from mergekit.merge_methods.easy_define import merge_method\n",
             "from mergekit.merge_methods.easy_define import merge_method\n"
-            "from mergekit.merge_methods.spherical import (\n"
-            "    mean_coefficients,\n"
-            "    merge_vectors,\n"
-            "    normalize_weights,\n"
-            ")\n",
+            "from mergekit.merge_methods.spherical import mean_coefficients, "
+            "normalize_weights\n"
+            "from mergekit.merge_methods.vectors import merge_vectors\n",
         ),
         replace(
             _NUSLERP,
@@ -185,7 +183,7 @@ def nuslerp(
     shares = normalize_weights(torch.tensor([weights], dtype=torch.float64))
 
     def solve(grams, tolerance):
-        given = shares.to(grams.device, grams.dtype)
+        given = shares.to(grams.device, grams.dtype).repeat(len(grams), 1, 1)
         return mean_coefficients(grams, given, antipodal_tolerance=tolerance)
 
     sizes = vector_view(tensors[0].shape, flatten, row_wise)
@@ -216,15 +214,14 @@ MANY = Proposal(
     [
         edit(
             _SPHERICAL,
-            "from collections.abc import Callable, Iterator, Sequence\n",
-            "from collections.abc import Callable, Iterator, Sequence\n"
-            "from contextlib import suppress\n",
+            "import math\n\nimport torch\n",
+            "import math\nfrom contextlib import suppress\n\n"
+            "import numpy as np\nimport torch\n",
         ),
-        edit(_SPHERICAL, "import torch\n", "import numpy as np\nimport torch\n"),
         edit(
             _SPHERICAL,
-            "\n\ndef merge_vectors(\n",
-            "# take geometry: _MAX_STEPS\n\n\ndef merge_vectors(\n",
+            "\n\ndef normalize_weights(",
+            "# take geometry: _MAX_STEPS\n\n\ndef normalize_weights(",
         ),
         edit(
             _SPHERICAL,
@@ -299,11 +296,8 @@ MANY = Proposal(
             "from mergekit.merge_methods.easy_define import merge_method\n",
             """\
 from mergekit.merge_methods.easy_define import merge_method
-from mergekit.merge_methods.spherical import (
-    karcher_coefficients,
-    merge_vectors,
-    normalize_weights,
-)
+from mergekit.merge_methods.spherical import karcher_coefficients, normalize_weights
+from mergekit.merge_methods.vectors import merge_vectors
 """,
         ),
         replace(
@@ -475,15 +469,21 @@ GRANULARITY = Proposal(
             "from pydantic import Field\n"
             "from typing_extensions import Annotated\n",
         ),
-        replace(
+        edit(
             _NUSLERP,
-            "vector_view",
-            '''\
+            "\n\ndef vector_view(",
+            """
 Granularity = Annotated[
     str, Field(pattern=r"^(tensor|matrix|(row|column)(:[1-9][0-9]*)?)$")
 ]
 
 
+def vector_view(""",
+        ),
+        replace(
+            _NUSLERP,
+            "vector_view",
+            '''\
 def vector_view(shape: Sequence[int], granularity: str) -> Tuple[int, int, int, int]:
     """Sizes (outer, length, inner, width) of the view that `merge_vectors` takes.
 
@@ -502,7 +502,7 @@ def vector_view(shape: Sequence[int], granularity: str) -> Tuple[int, int, int, 
         return matrices, rows, 1, columns
     size, count = (rows if kind == "row" else columns), int(block or 1)
     if size % count:
-        raise ValueError(f"{granularity} does not divide {size} {kind}s into equal blocks")
+        raise ValueError(f"{granularity} does not divide {size} {kind}s equally")
     if kind == "row":
         return matrices * (rows // count), count, 1, columns
     return matrices, rows, columns // count, count
@@ -604,8 +604,8 @@ def _parameter_spec(
         ),
         edit(
             _SPHERICAL,
-            "\n\ndef merge_vectors(\n",
-            "# take geometry: Magnitude\n\n\ndef merge_vectors(\n",
+            "\n\ndef normalize_weights(",
+            "# take geometry: Magnitude\n\n\ndef normalize_weights(",
         ),
         replace(
             _SPHERICAL,
@@ -620,8 +620,12 @@ def _parameter_spec(
         ),
         edit(
             _NUSLERP,
-            "spherical import (\n",
-            "spherical import (\n    Magnitude,\n",
+            "spherical import mean_coefficients, normalize_weights\n",
+            "spherical import (\n"
+            "    Magnitude,\n"
+            "    mean_coefficients,\n"
+            "    normalize_weights,\n"
+            ")\n",
         ),
         edit(
             _NUSLERP,

@@ -4,130 +4,16 @@
 """Spherical means from inner products.
 
 The mean of directions lies in their span, so its coefficients depend on their Gram
-matrix alone. One pass over the weights takes inner products, small tensors turn them
-into coefficients, and a second pass writes the combination, rounded once.
+matrix alone. All tensors here are small, one N x N matrix for each vector.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations_with_replacement, product
 
 import torch
 
-# take passes.portable: _BYTES_CPU, _BYTES_ELSEWHERE
-# take kernel: _GRAM_ENTRIES, _GROUP_ELEMENTS, _SQUARES, _COEFFICIENTS, _NEAR_ANTIPODAL
 # take geometry: MIN_WEIGHT_SUM, _GRAM_ROUNDING
-
-
-def merge_vectors(
-    tensors: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    sizes: Sequence[int],
-    solve: Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]],
-) -> torch.Tensor:
-    """Merge into base + sum of c_i (v_i - base), with coefficients for each vector.
-
-    Tensors have one shape and dtype. Seen as `sizes`, (outer, length, inner, width), a
-    pair of outer and inner indices leaves one vector. `solve` takes Gram matrices and
-    the `1 + cos(theta)` up to which vectors count as antipodal, and returns
-    coefficients and whether there is a unique mean. Work on 16-bit inputs in float32,
-    and in float64 where that is too coarse and on others. Chunking bounds inference
-    scratch, not autograd graphs.
-    """
-    given = [*tensors] if base is None else [*tensors, base]
-    views = [tensor.reshape(sizes) for tensor in given]
-    dtype, device = views[0].dtype, views[0].device
-    result = torch.empty(sizes, dtype=dtype, device=device)
-    recorded, wide = is_recorded(given), wide_dtype(device)
-    narrow = torch.float32 if dtype.itemsize == 2 and not recorded else wide
-    # Vectors of one group are still in the cache when they are combined.
-    outers, length, inners, width = sizes
-    most = max(1, _GRAM_ENTRIES // len(tensors) ** 2)
-    near = max(1, _GROUP_ELEMENTS // max(1, length * inners * width))
-    steps = min(near, max(1, most // max(1, inners))), most
-    if recorded:  # autograd would copy the whole gradient for each group
-        steps = max(1, outers), max(1, inners)
-    for outer, inner in product(_slices(outers, steps[0]), _slices(inners, steps[1])):
-        inputs = [view[outer, :, inner] for view in views]
-        origin = None if base is None else inputs.pop()
-        for working in (narrow, wide):
-            grams = _gram(inputs, origin, working)
-            tolerance = 0 if working == wide else _NEAR_ANTIPODAL
-            coefficients, unique = solve(grams, tolerance)
-            if working == wide or _is_precise(grams, coefficients, unique):
-                break
-        _combine(inputs, origin, coefficients, result[outer, :, inner], working)
-    return result.reshape(tensors[0].shape)
-
-
-def _gram(
-    inputs: Sequence[torch.Tensor], base: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """Inner products, (outer, inner, N, N), of the differences from the base."""
-    sizes, wide = inputs[0].shape, wide_dtype(inputs[0].device)
-    total = inputs[0].new_zeros(*sizes[::2], len(inputs), len(inputs), dtype=wide)
-    for chunk, vectors, _ in _chunks(inputs, base, dtype):
-        part = total[chunk[0], chunk[2]]
-        for i, j in combinations_with_replacement(range(len(inputs)), 2):
-            product = (vectors[i] * vectors[j]).sum((1, 3))
-            part[..., i, j] += product
-            if i != j:
-                part[..., j, i] += product
-    return total
-
-
-def _combine(
-    inputs: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    coefficients: torch.Tensor,
-    out: torch.Tensor,
-    dtype: torch.dtype,
-) -> None:
-    """Write the combination of vectors, rounded once."""
-    # Contiguous for each input: strided factors are slow.
-    factors = coefficients.to(dtype).movedim(-1, 0).contiguous()[:, :, None, :, None]
-    for chunk, vectors, total in _chunks(inputs, base, dtype):
-        for vector, factor in zip(vectors, factors[:, chunk[0], :, chunk[2]]):
-            if total is None:
-                total = vector * factor
-            else:
-                total = torch.addcmul(total, vector, factor)
-        out[chunk] = total
-
-
-def _chunks(
-    inputs: Sequence[torch.Tensor], base: torch.Tensor | None, dtype: torch.dtype
-) -> Iterator[tuple]:
-    """Yield an index, the differences from the base, and the base, in memory order."""
-    given = [*inputs] if base is None else [*inputs, base]
-    on_cpu, sizes = given[0].device.type == "cpu", given[0].shape
-    most = (_BYTES_CPU if on_cpu else _BYTES_ELSEWHERE) // dtype.itemsize
-    most = max(1, most // (len(given) + 1))
-    if is_recorded(given):
-        most = given[0].numel()
-    parts: list[list[slice]] = []
-    for size in reversed(sizes):
-        step = max(1, min(size, most))
-        most //= step
-        parts.insert(0, _slices(size, step))
-    for chunk in product(*parts):
-        vectors = [tensor[chunk].to(dtype) for tensor in given]
-        origin = None if base is None else vectors.pop()
-        if origin is not None:
-            vectors = [vector - origin for vector in vectors]
-        yield chunk, vectors, origin
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, start + step) for start in range(0, size, step)]
-
-
-# take passes.portable: wide_dtype, is_recorded
-
-
-# take kernel: _is_precise
 
 
 # take geometry: normalize_weights
