@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,11 +37,7 @@ _MAX_STEPS = 24
 
 
 def normalize_weights(weights: torch.Tensor) -> torch.Tensor:
-    """Scale weights to sum to one, or make them equal where they sum to almost zero.
-
-    Args:
-        weights: `(..., N)`, any finite values, in a floating-point dtype.
-    """
+    """Scale weights `(..., N)` to sum to one; equal ones where they sum to zero."""
     total = weights.sum(-1, keepdim=True)
     vanishing = total.abs() < MIN_WEIGHT_SUM
     scaled = weights / torch.where(vanishing, 1, total)
@@ -51,11 +47,6 @@ def normalize_weights(weights: torch.Tensor) -> torch.Tensor:
 def sums_to_zero(weights: Sequence[float]) -> bool:
     """Whether the sum is too small to divide by, so that all count the same."""
     return abs(sum(weights)) < MIN_WEIGHT_SUM
-
-
-def check_magnitude(magnitude: str) -> None:
-    if magnitude not in get_args(Magnitude):
-        raise ValueError(f"magnitude must be one of {get_args(Magnitude)}")
 
 
 def mean_coefficients(
@@ -68,37 +59,27 @@ def mean_coefficients(
     """Coefficients of N vectors v_i in their weighted spherical mean.
 
     The mean's direction is sum c_i u_i with the unit vectors u_i = v_i / |v_i|: for
-    two vectors their spherical linear interpolation, for more their Karcher mean (see
-    `karcher_coefficients`). A zero vector counts as orthogonal to the others. Its
-    length is up to `magnitude`:
-
-    - `"slerp"`: the c_i are applied to the v_i themselves, as mergekit does.
-    - `"linear"`: sum w_i |v_i|, but not below zero.
-    - `"geometric"`: the product of |v_i|^w_i.
-
-    Where no mean direction is singled out, the result is linear: sum w_i v_i.
+    two vectors their spherical linear interpolation, for more their Karcher mean. A
+    zero vector counts as orthogonal to the others. Where no direction is singled out,
+    the mean is linear: sum w_i v_i.
 
     Args:
         gram: `(..., N, N)` inner products, N >= 2, float64 where the device has it.
         weights: broadcastable to `(..., N)`, of the same dtype, summing to one, and
             for N > 2 none negative. Two vectors extrapolate along their great circle.
-        magnitude: the rule for the length.
+        magnitude: `"slerp"` applies the c_i to the v_i themselves, as mergekit does.
+            `"linear"` makes the length sum w_i |v_i|, but not below zero, and
+            `"geometric"` the product of |v_i|^w_i.
         antipodal_tolerance: vectors with `1 + cos(theta)` up to this are antipodal, as
-            they are where it is below the rounding of `gram`'s dtype.
+            they are up to the rounding of `gram`'s dtype.
 
     Returns:
         `(..., N)` coefficients of the v_i, in the dtype of `gram`, with finite
         derivatives everywhere, and `(...)`, whether there is a unique mean direction.
 
-    Raises:
-        ValueError: an unknown magnitude.
-
     References:
         K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
-        S. Buss and J. Fillmore, "Spherical averages and applications to spherical
-        splines and interpolation", ACM Transactions on Graphics 20(2), 2001.
     """
-    check_magnitude(magnitude)
     weights = weights.expand(gram.shape[:-1])
     squares = gram.diagonal(dim1=-2, dim2=-1)
     zero = squares == 0
@@ -110,18 +91,22 @@ def mean_coefficients(
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         cosines = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
         cosines = cosines / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
+    bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
     if pair:
         cosine = gram[..., 0, 1] / lengths[..., 0] / lengths[..., 1]
         cosine = torch.where(zero.any(-1), 0, cosine)
-        directions, unique = _slerp(cosine, weights, antipodal_tolerance)
+        directions, unique = _slerp(cosine, weights, bound)
     else:
-        directions, unique = karcher_coefficients(
-            cosines, weights, antipodal_tolerance=antipodal_tolerance
-        )
+        directions, unique = karcher_coefficients(cosines, weights, bound)
     if magnitude != "slerp":
         lengths = torch.where(zero, 0, lengths)
         directions = _resize(directions, cosines, lengths, weights, magnitude)
     return torch.where(unique.unsqueeze(-1), directions, weights), unique
+
+
+def antipodal_bound(dtype: torch.dtype) -> float:
+    """The largest `1 + cos(theta)` of antipodal vectors, by their Gram's `dtype`."""
+    return _GRAM_ROUNDING * torch.finfo(dtype).eps
 
 
 def _resize(
@@ -138,33 +123,31 @@ def _resize(
         length = (weights * lengths).sum(-1, keepdim=True).clamp(min=0)
     else:
         length = (nonzero**weights).prod(-1, keepdim=True)
-        vanishing = (zero & (weights != 0)).any(-1, keepdim=True)
-        length = torch.where(vanishing, 0, length)
+        length = torch.where((zero & (weights != 0)).any(-1, keepdim=True), 0, length)
     # Of a unit vector, zero vectors leave less than a unit vector.
     kept = torch.where(zero, 0, directions)
     square = (kept.unsqueeze(-1) * cosines * kept.unsqueeze(-2)).sum((-2, -1))
     shortened = zero.any(-1) & (square > 0)
-    remainder = _sqrt(torch.where(shortened, square, 1)).unsqueeze(-1)
-    return kept * length / nonzero / remainder
+    return kept * length / nonzero / _sqrt(torch.where(shortened, square, 1))[..., None]
 
 
 def _slerp(
-    cosine: torch.Tensor, weights: torch.Tensor, antipodal_tolerance: float
+    cosine: torch.Tensor, weights: torch.Tensor, bound: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two unit vectors: c_i = sin(w_i theta) / sin(theta), theta in radians."""
-    opposite = cosine <= antipodal_bound(cosine.dtype, antipodal_tolerance) - 1
-    unique = ~(opposite & (weights != 0).all(-1))
+    opposite = cosine <= bound - 1
     linear = (cosine >= 1) | opposite
     cosine = torch.where(linear, 0, cosine)
     # A product, since 1 - cosine^2 would lose the sine's digits near both ends.
     sine = _sqrt((1 - cosine) * (1 + cosine))
     turns = weights * torch.atan2(sine, cosine).unsqueeze(-1) / math.pi
     spherical = math.pi * turns * torch.sinc(turns) / sine.unsqueeze(-1)
+    unique = ~(opposite & (weights != 0).all(-1))
     return torch.where(linear.unsqueeze(-1), weights, spherical), unique
 
 
 def karcher_coefficients(
-    cosines: torch.Tensor, weights: torch.Tensor, *, antipodal_tolerance: float = 0.0
+    cosines: torch.Tensor, weights: torch.Tensor, bound: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Coefficients of N unit vectors u_i in their weighted Karcher mean.
 
@@ -175,34 +158,22 @@ def karcher_coefficients(
         f(x) = arccos(x) / sqrt(1 - x^2).
 
     The denominator is the smallest eigenvalue of the Hessian. Where it is not positive,
-    the mean lies off the inputs' span, on either side of it alike. Newton's method
-    starts from the normalised weighted sums.
-
-    Args:
-        cosines: `(..., N, N)` inner products of the unit vectors.
-        weights: `(..., N)`, of the same dtype, summing to one, none negative.
-        antipodal_tolerance: as in `mean_coefficients`.
-
-    Returns:
-        `(..., N)` coefficients, and `(...)`, whether they are those of a unique mean:
-        no two vectors that have a weight are antipodal, and the vectors do not cancel
-        so far that a coefficient is larger than two vectors can have that are not
-        antipodal, or than 400 in float64: its third power multiplies rounding, which
-        leaves half of the digits. Elsewhere the coefficients mean nothing. Derivatives
-        of first order are those of the mean; higher ones are not.
+    the mean lies off the inputs' span, on either side of it alike. There is no unique
+    mean of vectors that cancel so far that a coefficient is larger than those of two
+    that are not antipodal, or than 400 in float64: its third power multiplies rounding,
+    which leaves half of the digits. Derivatives of first order are the mean's.
 
     References:
         H. Karcher, "Riemannian center of mass and mollifier smoothing",
         Communications on Pure and Applied Mathematics 30(5), 1977.
-        S. Buss and J. Fillmore (2001), for Newton's method on the sphere.
+        S. Buss and J. Fillmore, "Spherical averages and applications to spherical
+        splines and interpolation", ACM Transactions on Graphics 20(2), 2001.
     """
-    tolerance = antipodal_bound(cosines.dtype, antipodal_tolerance)
     epsilon = torch.finfo(cosines.dtype).eps
-    largest = min((2 * tolerance) ** -0.5, epsilon ** (-1 / 6))
     with torch.no_grad():
         counts = weights != 0
         pairs = counts.unsqueeze(-1) & counts.unsqueeze(-2)
-        unique = ~(pairs & (cosines <= tolerance - 1)).flatten(-2).any(-1)
+        unique = ~(pairs & (cosines <= bound - 1)).flatten(-2).any(-1)
         point, converged = weights, ~unique
         for _ in range(_MAX_STEPS):
             at = _LogMaps(point, cosines, weights)
@@ -216,6 +187,7 @@ def karcher_coefficients(
         # Where vectors all but cancel, rounding may keep a mean from converging fully.
         residual = at.total.abs().amax(-1)
         unique &= (residual <= epsilon**0.5) & (at.length() <= epsilon ** (2 / 3))
+        largest = min((2 * bound) ** -0.5, epsilon ** (-1 / 6))
         unique &= (at.smallest.squeeze(-1) > 0) & (at.solution.amax(-1) <= largest)
     if not (torch.is_grad_enabled() and cosines.requires_grad):
         return at.solution, unique
@@ -232,23 +204,17 @@ def karcher_coefficients(
 class _LogMaps:
     """The weighted log maps of unit vectors at a point of their span.
 
-    Args:
-        mean: `(..., N)` coefficients of the point, up to a factor.
-        cosines, weights: as in `karcher_coefficients`.
-
-    Attributes:
-        mean: coefficients of the point as a unit vector.
-        total: `(..., N)`, coefficients of the sum of the log maps.
-        smallest: `(..., 1)`, the smallest eigenvalue of the Hessian.
-        solution: `(..., N)` coefficients of the mean, if this is the mean.
+    All are coefficients `(..., N)` of the vectors: of the point, `mean`, of the log
+    maps' sum, `total`, and of the mean if this is it, `solution`. `smallest` is the
+    Hessian's smallest eigenvalue, `(..., 1)`.
     """
 
     def __init__(
-        self, mean: torch.Tensor, cosines: torch.Tensor, weights: torch.Tensor
+        self, point: torch.Tensor, cosines: torch.Tensor, weights: torch.Tensor
     ):
-        x = _product(cosines, mean)
-        length = _sqrt((mean * x).sum(-1, keepdim=True))
-        self.mean, x = mean / length, x / length
+        x = _product(cosines, point)
+        length = _sqrt((point * x).sum(-1, keepdim=True))
+        self.mean, x = point / length, x / length
         bound = 1 - 4 * torch.finfo(x.dtype).eps
         at = x.detach().clamp(-bound, bound)
         sine = _sqrt((1 - at) * (1 + at))
@@ -257,10 +223,10 @@ class _LogMaps:
         self.slope = (1 - at * ratio) / sine.square()
         if x.requires_grad:
             ratio = ratio - self.slope * (x - x.detach())
-        self.pull = weights * ratio
-        self.smallest = (self.pull * x).sum(-1, keepdim=True)
-        self.total = self.pull - self.smallest * self.mean
-        self.solution = self.pull / self.smallest
+        pull = weights * ratio
+        self.smallest = (pull * x).sum(-1, keepdim=True)
+        self.total = pull - self.smallest * self.mean
+        self.solution = pull / self.smallest
         self.cosines, self.weights, self.x = cosines, weights, x
 
     def length(self) -> torch.Tensor:
@@ -292,13 +258,3 @@ def _sqrt(positive: torch.Tensor) -> torch.Tensor:
 def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     # No `@`, which autocast would round, and which waits for threads.
     return (matrix * vector.unsqueeze(-2)).sum(-1)
-
-
-def antipodal_bound(dtype: torch.dtype, tolerance: float = 0.0) -> float:
-    """The largest `1 + cos(theta)` of vectors that count as antipodal.
-
-    Args:
-        dtype: what their Gram matrix was computed in.
-        tolerance: the least bound, whatever the dtype.
-    """
-    return max(tolerance, _GRAM_ROUNDING * torch.finfo(dtype).eps)

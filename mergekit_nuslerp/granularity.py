@@ -23,24 +23,8 @@ NAMES = ("tensor", "matrix", "row", "column", "row:N", "column:N")
 FIRST_DIMENSION = "dim0"
 
 
-def from_flags(*, flatten: bool, row_wise: bool) -> str:
-    """Translate mergekit's two flags.
-
-    `nuslerp_row_wise: true` makes the vectors run along dimension 0, so that one
-    vector is a *column* W[:, j] of a matrix; `false` makes them run along the last
-    dimension, and one vector is a *row* W[i, :].
-    """
-    if flatten:
-        return "tensor"
-    return FIRST_DIMENSION if row_wise else "row"
-
-
 def parse(granularity: str) -> tuple[str, int]:
-    """Split a granularity into its kind and the rows or columns in a block.
-
-    Raises:
-        ValueError: not a granularity.
-    """
+    """Split a granularity, or raise ValueError, into its kind and the block's size."""
     found = re.fullmatch(r"(row|column):([1-9]\d*)", granularity)
     if found:
         return found[1], int(found[2])
@@ -57,12 +41,8 @@ def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, int, int, 
     Args:
         shape: `(batch, *weight_shape)`. The batch axis always separates vectors, and so
             do the dimensions before the last two, but for `"tensor"` and `"dim0"`.
-        granularity: as in `nuslerp`. Weights of fewer than two dimensions are one
-            vector whatever it is.
-
-    Raises:
-        ValueError: an unknown granularity, or a block that does not divide its
-            dimension.
+        granularity: as in `nuslerp`; ValueError if unknown, or if a block does not
+            divide its dimension. Weights of fewer than two dimensions are one vector.
     """
     kind, block = parse(granularity)
     batch, *weight = shape
@@ -82,8 +62,8 @@ def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, int, int, 
 def _blocks(size: int, block: int, kind: str) -> int:
     if size % block:
         divisors = [n for n in range(1, size + 1) if size % n == 0]
-        below = max(n for n in divisors if n < block)
-        near = [below, *(n for n in divisors if n > block)][:2]
+        near = [n for n in divisors if n < block][-1:]
+        near += [n for n in divisors if n > block][:1]
         raise ValueError(
             f"granularity '{kind}:{block}' does not divide {size} {kind}s into equal "
             f"blocks. Write {' or '.join(f'{kind}:{n}' for n in near)}"

@@ -341,8 +341,7 @@ def _described(
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
     count = len(models)
     grams = grams.cpu()
-    base_norm = None if base is None else float(grams[:, -1, -1].sum().sqrt())
-    grams = grams[:, :count, :count]
+    base_norm = None if base is None else float(gram_matrices([base]).sqrt())
     given_weights = [planned.weights[model] for model in models]
     weights = normalize_weights(torch.tensor(given_weights, dtype=grams.dtype))
     coefficients, unique = mean_coefficients(

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import reduce
-from math import isfinite, prod
-from typing import NamedTuple
+from functools import partial, reduce
+from itertools import product
+from math import isfinite
+from typing import NamedTuple, get_args
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
@@ -22,7 +23,6 @@ from torch.autograd.forward_ad import unpack_dual
 from mergekit_nuslerp import passes
 from mergekit_nuslerp.geometry import (
     Magnitude,
-    check_magnitude,
     mean_coefficients,
     normalize_weights,
     sums_to_zero,
@@ -30,12 +30,10 @@ from mergekit_nuslerp.geometry import (
 from mergekit_nuslerp.granularity import slices, vector_view
 from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 
-# Entries of the Gram matrices that are worked out at once: so few that PyTorch does it
-# in one thread. Several would wait for each other where a machine is busy.
+# What is worked out at once: so few entries of Gram matrices that PyTorch does it in
+# one thread, as several would wait for each other where a machine is busy, and so few
+# elements of whole vectors that the second pass finds them in the cache.
 _GRAM_ENTRIES = 2**15
-
-# Elements of whole vectors that are worked out at once, so that they are still in the
-# cache when the second pass reads them.
 _GROUP_ELEMENTS = 2**22
 
 # What float32 is enough for: squared lengths and coefficients between these, whose
@@ -47,12 +45,7 @@ _NEAR_ANTIPODAL = 4e-3
 
 
 class NonFiniteError(ValueError):
-    """An input holds NaN or infinity.
-
-    Attributes:
-        output: index along the batch axis.
-        model: index among the models, or None if it is the base.
-    """
+    """Weight `output` of the batch is not finite in a model, or the base if None."""
 
     def __init__(self, output: int, model: int | None):
         super().__init__(output, model)
@@ -64,12 +57,7 @@ class NonFiniteError(ValueError):
 
 
 class RangeError(OverflowError):
-    """A merge of finite inputs leaves the range of a dtype.
-
-    Attributes:
-        output: index along the batch axis.
-        reason: what leaves which range.
-    """
+    """Weight `output` of the batch leaves the range of a dtype, for a `reason`."""
 
     def __init__(self, output: int, reason: str):
         super().__init__(output, reason)
@@ -106,8 +94,7 @@ def nuslerp(
             strided) and device. Dtypes may differ. They are not modified.
         weights: one finite number a tensor; only their ratios matter. Two merge at
             t = w_1 / (w_0 + w_1), and extrapolate where t is outside [0, 1]. Of more
-            than two, none may be negative. Weights whose sum is below 1e-6 count as
-            equal, with a warning.
+            than two, none may be negative. A sum below 1e-6 makes all equal.
         base: merge the task vectors `tensors[i] - base` and add the base again.
         granularity: which elements form one vector on the sphere: the whole `"tensor"`,
             each `"matrix"` (the last two dimensions), each `"row"` W[i, :] or
@@ -116,22 +103,19 @@ def nuslerp(
             than two dimensions is one vector.
         magnitude: length of the result. `"slerp"` applies the coefficients of the
             interpolated unit vectors to the vectors themselves, as mergekit does;
-            `"linear"` and `"geometric"` take the weighted mean of the lengths. An
-            extrapolated linear mean may be below zero; the result then has length 0.
+            `"linear"` and `"geometric"` take the weighted mean of the lengths, which is
+            at least 0.
         lambda_: scales the merged task vectors. Needs a base, unless 1.
 
     Returns:
-        A new tensor of the inputs' shape, in their promoted dtype. It is computed in
-        float32 for narrower inputs and in float64 for float32 and float64, and then
-        rounded. Differentiable (in reverse mode, once) in `tensors` and `base`; then
-        all is computed at once, and memory grows with the tensors.
+        A new tensor of the inputs' shape, in their promoted dtype, computed in float32
+        for narrower inputs and in float64 for others, and then rounded. Differentiable
+        (in reverse mode, once) in `tensors` and `base`; then memory grows with them.
 
     Raises:
-        ValueError: fewer than two tensors, weights that do not match, are not finite or
-            negative, shapes or devices that differ, a granularity that is unknown or
-            does not divide the shape, an unknown magnitude, lambda without a base.
+        ValueError: arguments that do not fit together, or are unknown; NonFiniteError
+            for NaN or infinity in an input.
         TypeError: integer, boolean or complex tensors.
-        NonFiniteError: a ValueError; NaN or infinity in an input.
         RangeError: an OverflowError; the result leaves the range of its dtype, or
             squared lengths of float64 vectors leave that of float64.
         NotImplementedError: a derivative in forward mode.
@@ -155,12 +139,9 @@ def nuslerp(
         raise ValueError(f"tensors differ in shape: {[tuple(t.shape) for t in given]}")
     if any(tensor.device != given[0].device for tensor in given):
         raise ValueError(f"tensors differ in device: {[str(t.device) for t in given]}")
+    warn = partial(warnings.warn, category=RuntimeWarning, stacklevel=2)
     if sums_to_zero(weights):
-        warnings.warn(
-            "NuSLERP weights sum to zero; the models are weighted equally instead",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        warn("NuSLERP weights sum to zero; the models are weighted equally instead")
     merged = merge_batch(
         [tensor.unsqueeze(0) for tensor in tensors],
         torch.tensor([list(weights)], dtype=torch.float64, device="cpu"),
@@ -170,11 +151,9 @@ def nuslerp(
         lambda_=lambda_,
     )
     if given[0].device.type != "meta" and merged.linear.any():
-        warnings.warn(
+        warn(
             f"{int(merged.linear)} of {merged.vectors} vectors have no unique "
-            "spherical mean; they are merged linearly instead",
-            RuntimeWarning,
-            stacklevel=2,
+            "spherical mean; they are merged linearly instead"
         )
     return merged.result.squeeze(0)
 
@@ -191,55 +170,50 @@ def merge_batch(
     """`nuslerp` for a batch of weights of one shape, without its warnings.
 
     Args:
-        tensors: one tensor a model, each `(batch, *weight_shape)`.
+        tensors, base: `(batch, *weight_shape)` each.
         weights: `(batch, models)`, on any device.
-        base: `(batch, *weight_shape)` or None.
-        granularity, magnitude, lambda_: as in `nuslerp`.
-
-    Raises:
-        As `nuslerp`.
     """
     weights = weights.detach().to("cpu", torch.float64)
+    shares = normalize_weights(weights)
     if not weights.sum(-1).isfinite().all():
         raise ValueError(f"weights and their sum must be finite: {weights.tolist()}")
-    shares = normalize_weights(weights)
     if len(tensors) > 2 and (shares < 0).any():
         raise ValueError(
             f"weights of more than two models must not be negative: {weights.tolist()}"
         )
+    if magnitude not in get_args(Magnitude):
+        raise ValueError(f"magnitude must be one of {get_args(Magnitude)}")
     if not isfinite(lambda_) or (base is None and lambda_ != 1):
         raise ValueError(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
-    check_magnitude(magnitude)
-    job = _Job([*tensors] if base is None else [*tensors, base], granularity)
-    narrow = torch.float32 if job.dtype.itemsize == 2 and not job.recorded else job.wide
-    shares, batch = shares.to(job.device, job.wide), len(job.given[0])
-    result = torch.empty(job.sizes, dtype=job.dtype, device=job.device)
-    linear = torch.zeros(batch, dtype=torch.int64, device=job.device)
-    for outer, inner, outputs in job.groups(len(tensors)):
-        inputs = [view[outer, :, inner] for view in job.views]
+    views = _views([*tensors] if base is None else [*tensors, base], granularity)
+    chosen, wide = passes.choose(views), wide_dtype(views[0].device)
+    dtype = reduce(torch.promote_types, (view.dtype for view in views))
+    exact = is_recorded(views) or dtype.itemsize > 2
+    shares = shares.to(views[0].device, wide).unsqueeze(1)
+    result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
+    linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
+    for part, outputs in _groups(views, len(tensors), len(shares)):
+        inputs = [view[part] for view in views]
         origin = None if base is None else inputs.pop()
-        for working in (narrow, job.wide):
-            gram = job.chosen.gram(inputs, origin, working)
+        for working in (wide,) if exact else (torch.float32, wide):
+            gram = chosen.gram(inputs, origin, working)
+            near = 0 if working == wide else _NEAR_ANTIPODAL
             coefficients, unique = mean_coefficients(
-                gram,
-                shares[outputs].unsqueeze(1),
-                magnitude=magnitude,
-                antipodal_tolerance=0 if working == job.wide else _NEAR_ANTIPODAL,
+                gram, shares[outputs], magnitude=magnitude, antipodal_tolerance=near
             )
             coefficients = lambda_ * coefficients
-            if working == job.wide or _is_precise(gram, coefficients, unique):
+            if working != wide and _is_precise(gram, coefficients, unique):
                 break
-        if working == job.wide:
-            job.check(inputs, origin, gram, outputs)
+        else:
+            _check(inputs, origin, gram, outputs)
             _refuse_infinite(coefficients, outputs, "a coefficient")
-        out = result[outer, :, inner]
-        if not job.chosen.combine(inputs, origin, coefficients, out, working):
-            _refuse_infinite(out, outputs, "the result")
+        if not chosen.combine(inputs, origin, coefficients, result[part], working):
+            _refuse_infinite(result[part], outputs, "the result")
         linear.index_add_(0, outputs, (~unique).sum(-1))
-    vectors = job.sizes[0] * job.sizes[2] // max(1, batch)
-    return Merged(result.view(job.given[0].shape), vectors, linear)
+    vectors = result.shape[0] * result.shape[2] // max(1, len(shares))
+    return Merged(result.view(tensors[0].shape), vectors, linear)
 
 
 def gram_matrices(
@@ -248,97 +222,75 @@ def gram_matrices(
     base: torch.Tensor | None = None,
     granularity: str = "tensor",
 ) -> torch.Tensor:
-    """The inner products that a merge of some weights would depend on.
+    """The inner products of (task) vectors that a merge depends on.
 
-    Args:
-        tensors: as in `nuslerp`, one or more.
-        base, granularity: as in `nuslerp`.
-
-    Returns:
-        `(vectors, N, N)` in the widest dtype of the device, computed in it. With a
-        base, N is the number of tensors and one: the last row and column are those of
-        the base itself, the others of the task vectors.
-
-    Raises:
-        As `nuslerp`.
+    Arguments and errors are as in `nuslerp`, but one tensor will do. Returns
+    `(vectors, N, N)` in the widest dtype of the device, computed in it.
     """
     given = [*tensors] if base is None else [*tensors, base]
-    job = _Job([tensor.detach().unsqueeze(0) for tensor in given], granularity)
-    shape = job.sizes[0], job.sizes[2], len(given), len(given)
-    grams = torch.zeros(shape, dtype=job.wide, device=job.device)
-    measure = {"measure_base": base is not None}
-    for outer, inner, outputs in job.groups(len(given)):
-        inputs = [view[outer, :, inner] for view in job.views]
+    views = _views([tensor.detach().unsqueeze(0) for tensor in given], granularity)
+    chosen, wide = passes.choose(views), wide_dtype(views[0].device)
+    shape = *views[0].shape[::2], len(tensors), len(tensors)
+    grams = torch.zeros(shape, dtype=wide, device=views[0].device)
+    for part, outputs in _groups(views, len(tensors), 1):
+        inputs = [view[part] for view in views]
         origin = None if base is None else inputs.pop()
-        grams[outer, inner] = job.chosen.gram(inputs, origin, job.wide, **measure)
-        job.check(inputs, origin, grams[outer, inner], outputs)
+        gram = grams[part[::2]] = chosen.gram(inputs, origin, wide)
+        _check(inputs, origin, gram, outputs)
     return grams.flatten(0, 1)
 
 
-class _Job:
-    """What a merge reads: batches of weights, seen as vectors.
+def _views(given: Sequence[torch.Tensor], granularity: str) -> list[torch.Tensor]:
+    """Batches of weights as vectors, `(outer, length, inner, width)`."""
+    for tensor in given:
+        if not tensor.is_floating_point():
+            raise TypeError(f"NuSLERP needs floating-point tensors, not {tensor.dtype}")
+        if unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("NuSLERP has no forward-mode derivatives")
+    sizes = vector_view(given[0].shape, granularity)
+    return [tensor.reshape(sizes) for tensor in given]
 
-    Args:
-        given: `(batch, *weight_shape)` of the models, and of the base if there is one.
-        granularity: as in `nuslerp`.
-    """
 
-    def __init__(self, given: Sequence[torch.Tensor], granularity: str):
-        for tensor in given:
-            if not tensor.is_floating_point():
-                raise TypeError(
-                    f"NuSLERP needs floating-point tensors, not {tensor.dtype}"
-                )
-            if unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError("NuSLERP has no forward-mode derivatives")
-        self.given, self.device = given, given[0].device
-        self.dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
-        self.wide = wide_dtype(self.device)
-        self.sizes = vector_view(given[0].shape, granularity)
-        self.views = [tensor.reshape(self.sizes) for tensor in given]
-        self.recorded = is_recorded(given)
-        self.chosen = passes.choose(self.views)
+def _groups(
+    views: Sequence[torch.Tensor], models: int, batch: int
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    """Vectors to work out at once: where, and which weight each outer index is of."""
+    outer, length, inner, width = views[0].shape
+    if not views[0].numel() or views[0].device.type == "meta":
+        return
+    most = max(1, _GRAM_ENTRIES // models**2)
+    near = max(1, _GROUP_ELEMENTS // (length * inner * width))
+    steps = min(near, max(1, most // inner)), most
+    if is_recorded(views):  # autograd would copy the whole gradient for each group
+        steps = outer, inner
+    for rows, columns in product(slices(outer, steps[0]), slices(inner, steps[1])):
+        indices = torch.arange(rows.start, rows.stop, device=views[0].device)
+        yield (rows, slice(None), columns), indices // (outer // batch)
 
-    def groups(self, models: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """Vectors to work out at once: outer and inner indices, and their weights'."""
-        outer, length, inner, width = self.sizes
-        if not prod(self.sizes) or self.device.type == "meta":
-            return
-        most = max(1, _GRAM_ENTRIES // models**2)
-        near = max(1, _GROUP_ELEMENTS // (length * inner * width))
-        steps = min(near, max(1, most // inner)), most
-        if self.recorded:  # autograd would copy the whole gradient for each group
-            steps = outer, inner
-        for part in slices(outer, steps[0]):
-            outputs = torch.arange(part.start, part.stop, device=self.device)
-            for vectors in slices(inner, steps[1]):
-                yield part, vectors, outputs // (outer // len(self.given[0]))
 
-    def check(
-        self,
-        inputs: Sequence[torch.Tensor],
-        base: torch.Tensor | None,
-        gram: torch.Tensor,
-        outputs: torch.Tensor,
-    ) -> None:
-        """Refuse vectors that are not finite, or whose squares are not theirs."""
-        if not gram.isfinite().all():
-            for index, tensor in enumerate(self.given):
-                for output, weight in enumerate(tensor.detach()):
-                    if not torch.stack(weight.aminmax()).isfinite().all():
-                        is_base = base is not None and index == len(inputs)
-                        raise NonFiniteError(output, None if is_base else index)
-            _refuse_infinite(gram, outputs, "a squared length")
-        if self.dtype != torch.float64:
-            return
-        squares, number = gram.diagonal(dim1=-2, dim2=-1), torch.finfo(gram.dtype)
-        short = squares[..., : len(inputs)] < number.smallest_normal / number.eps**2
-        for outer, inner, model in short.nonzero().tolist():
-            vector = inputs[model][outer, :, inner]
-            zero = torch.zeros_like(vector) if base is None else base[outer, :, inner]
-            if not vector.equal(zero):
-                reason = "a squared length is too small for torch.float64"
-                raise RangeError(int(outputs[outer]), reason)
+def _check(
+    inputs: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    gram: torch.Tensor,
+    outputs: torch.Tensor,
+) -> None:
+    """Refuse vectors that are not finite, or whose squares are not theirs."""
+    given = [*inputs] if base is None else [*inputs, base]
+    if not gram.isfinite().all():
+        for index, tensor in enumerate(given):
+            for output, vectors in zip(outputs.tolist(), tensor.detach()):
+                if not torch.stack(vectors.aminmax()).isfinite().all():
+                    raise NonFiniteError(output, index if index < len(inputs) else None)
+        _refuse_infinite(gram, outputs, "a squared length")
+    if torch.float64 not in {tensor.dtype for tensor in given}:
+        return
+    number = torch.finfo(torch.float64)
+    short = gram.diagonal(dim1=-2, dim2=-1) < number.smallest_normal / number.eps**2
+    for outer, inner, model in short.nonzero().tolist():
+        here = outer, slice(None), inner
+        if (inputs[model][here] != (0 if base is None else base[here])).any():
+            reason = "a squared length is too small for torch.float64"
+            raise RangeError(int(outputs[outer]), reason)
 
 
 def _is_precise(

@@ -196,15 +196,25 @@ def _example(name: str) -> str:
     return (examples or [f"`{name}` under `parameters`"])[0]
 
 
+def from_flags(*, flatten: bool, row_wise: bool) -> str:
+    """The granularity that mergekit's two flags mean.
+
+    `nuslerp_row_wise: true` makes the vectors run along dimension 0, so that one
+    vector is a *column* W[:, j] of a matrix; `false` makes them run along the last
+    dimension, and one vector is a *row* W[i, :].
+    """
+    if flatten:
+        return "tensor"
+    return granularity.FIRST_DIMENSION if row_wise else "row"
+
+
 def choose_granularity(shared: Mapping[str, Any], *, where: str = "") -> str:
     """The granularity that three parameters, as far as given, ask for together."""
     flatten = shared.get("nuslerp_flatten")
     row_wise = shared.get("nuslerp_row_wise")
     named = shared.get("nuslerp_granularity")
     if named is None:
-        return granularity.from_flags(
-            flatten=flatten is not False, row_wise=bool(row_wise)
-        )
+        return from_flags(flatten=flatten is not False, row_wise=bool(row_wise))
     kind, _ = granularity.parse(named)
     # mergekit reads `nuslerp_row_wise` only where `nuslerp_flatten` is false.
     against = {

@@ -24,7 +24,7 @@ from mergekit.merge_methods.slerp import slerp as mergekit_slerp_function
 from oracle import vectors
 
 from mergekit_nuslerp import nuslerp
-from mergekit_nuslerp.granularity import from_flags
+from mergekit_nuslerp.parameters import from_flags
 
 # Where vectors happen to have no unique mean, that is looked at as well.
 pytestmark = pytest.mark.filterwarnings("ignore:.*no unique spherical mean")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from oracle import granularities, vectors
 
 from mergekit_nuslerp import nuslerp
-from mergekit_nuslerp.granularity import from_flags, pieces, slices, vector_view
+from mergekit_nuslerp.granularity import pieces, slices, vector_view
+from mergekit_nuslerp.parameters import from_flags
 
 GRANULARITIES = ["tensor", "matrix", "row", "column", "dim0"]
 SHAPES = [(), (5,), (1,), (3, 4), (1, 4), (3, 1), (2, 3, 4), (2, 3, 4, 5)]

@@ -15,7 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import angle, largest_coefficient, log_maps
 
-from mergekit_nuslerp.geometry import karcher_coefficients, mean_coefficients
+from mergekit_nuslerp.geometry import (
+    antipodal_bound,
+    karcher_coefficients,
+    mean_coefficients,
+)
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -174,7 +178,7 @@ def test_of_two_vectors_it_is_slerp(theta, t):
     cosine = math.cos(theta)
     cosines = torch.tensor([[1, cosine], [cosine, 1]], dtype=torch.float64)
     weights = torch.tensor([1 - t, t], dtype=torch.float64)
-    c, unique = karcher_coefficients(cosines, weights)
+    c, unique = karcher_coefficients(cosines, weights, antipodal_bound(torch.float64))
     closed, _ = mean_coefficients(cosines, weights)
     assert unique
     # The cosine holds no more than this of an angle near 180 degrees.

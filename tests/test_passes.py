@@ -74,7 +74,6 @@ def test_the_portable_pass_serves_all_others(monkeypatch):
         assert passes.choose([other, plain]) is portable
     monkeypatch.setenv("MERGEKIT_NUSLERP", "portable")
     assert passes.choose([plain, plain]) is portable
-    assert "portable" in passes.description()
 
 
 # --- what they return ------------------------------------------------------------
@@ -125,9 +124,6 @@ def test_any_size_of_view_is_summed_and_written_in_full(
             moved = [x.double() - origin for x in inputs]
             gram = one_pass.gram(inputs, base, working)
             assert gram.equal(exact_gram(moved)), shape
-            if base is not None:
-                gram = one_pass.gram(inputs, base, working, measure_base=True)
-                assert gram.equal(exact_gram([*moved, base])), shape
             coefficients = whole_numbers(outer, inner, count, seed=9).double() / 4
             expected = origin + sum(
                 coefficients[..., m].unsqueeze(1).unsqueeze(-1) * x

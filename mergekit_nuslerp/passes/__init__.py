@@ -6,8 +6,6 @@
 A pass is a module with `gram` and `combine`, as in `portable`, the reference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import ModuleType
 

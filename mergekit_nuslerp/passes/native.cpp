@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <new>
+#include <numeric>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -21,9 +21,8 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
-// The same code once more for each generation of processors.
 #if defined(__x86_64__) && defined(__gnu_linux__)
-#define CLONES \
+#define CLONES /* the same code for each generation of processors */ \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
@@ -35,19 +34,18 @@ using Index = std::int64_t;
 using Bits = std::uint32_t;
 
 constexpr Index TILE_BYTES = 1 << 15;  // of all models, in the working type
-constexpr Index RUN = 1024;            // most elements of a tile along memory
+constexpr Index WIDTH = 1024;          // most elements of a tile's row
 constexpr Index ROWS = 16;             // of a tile across memory
 constexpr Index BLOCK = 1 << 16;       // elements of a block along memory
-constexpr Index PARTS = 16;            // most blocks that share a vector across memory
+constexpr Index PARTS = 64;            // blocks of a job across memory, at least
 constexpr Index REGISTER = 64;         // bytes, at most
 
+INLINE Index ceil(Index a, Index b) { return (a + b - 1) / b; }
 struct BFloat16 { std::uint16_t bits; };
 struct Float16 { std::uint16_t bits; };
-
 template <class To, class From> INLINE To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
   To to;
-  std::memcpy(&to, &from, sizeof to);
+  __builtin_memcpy(&to, &from, sizeof to);
   return to;
 }
 
@@ -78,251 +76,200 @@ INLINE void narrow(float x, Float16& to) {
   Bits half = size < 113u << 23 ? subnormal : size < 143u << 23 ? normal : large;
   to.bits = std::uint16_t((bits >> 16 & 0x8000) | half);
 }
-template <class To> INLINE void narrow(double x, To& to) { narrow(float(x), to); }
+template <class S> INLINE void narrow(double x, S& to) { narrow(float(x), to); }
 
-// A view is (outer, length, inner, width), its last two dimensions contiguous.
-struct Job {
-  const void* const* inputs;  // the models, then the base if there is one
-  Index stored, in_double, models, has_base, measure_base;
+INLINE bool finite(BFloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
+INLINE bool finite(Float16 x) { return (x.bits & 0x7c00) != 0x7c00; }
+template <class S> INLINE bool finite(S x) { return x - x == 0; }
+
+// As native.py passes them. A view is (outer, length, inner, width), and its last two
+// dimensions are contiguous.
+struct Sizes {
+  Index stored, in_double, models, has_base;
   Index outer, length, inner, width, outer_stride, length_stride;
-  double* sums;                // (parts, outer, inner, pairs)
-  const double* coefficients;  // (outer, inner, models)
+};
+
+// What one thread does at a time: some rows of some vectors.
+struct Block {
+  Index outer, outer_stop;  // more than one only of whole vectors along memory
+  Index start, stop;        // rows
+  Index inner, inners;      // more than one only of whole widths
+  Index column, width;
+  Index part;  // which of the vectors' blocks this is
+};
+
+// Vectors that lie in one piece are seen as rows of a tile's width, the last shorter.
+struct Job : Sizes {
+  const void* const* inputs;   // the models, then the base if there is one
+  bool along;                  // memory: a vector lies in one piece
+  Index rows, tile, last;      // rows of a tile, their width, and the last row's along
+  Index splits, runs, parts;   // of the width, of the rows, and of both
+  Index outer_step, inner_step, inner_steps, blocks;
+  double* grams = nullptr;     // (part, outer, inner, models, models)
+  const double* coefficients;  // (outer, inner, models), or none for Gram matrices
   void* result;
   std::atomic<bool> infinite{false};
 
-  Job(const void* const* inputs, const Index* n)
-      : inputs(inputs), stored(n[0]), in_double(n[1]), models(n[2]), has_base(n[3]),
-        measure_base(n[4]), outer(n[5]), length(n[6]), inner(n[7]), width(n[8]),
-        outer_stride(n[9]), length_stride(n[10]) {}
-  Index vectors() const { return models + measure_base; }
-  Index pairs() const { return vectors() * (vectors() + 1) / 2; }
-  bool along() const { return inner == 1 && (length == 1 || length_stride == width); }
-  // Elements of each model that fit a tile, and columns that do.
-  Index tile() const { return TILE_BYTES / (in_double ? 8 : 4) / (models + 1); }
-  Index run() const { return std::clamp<Index>(tile() / 64 * 64, 64, RUN); }
-  Index columns() const { return std::max<Index>(tile() / ROWS / 64 * 64, 64); }
-};
-
-// What one thread does at a time: part of some vectors.
-struct Block {
-  Index outer, outer_stop;    // more than one only of whole vectors along memory
-  Index start, stop;          // elements along memory, or rows across it
-  Index inner, inner_stop;    // more than one only of whole widths
-  Index column, column_stop;  // of the width
-  Index part;                 // which of the vectors' blocks this is
-
-  Index each() const { return column_stop - column; }
-  Index count() const { return (inner_stop - inner) * each(); }
-  Index offset(const Job& job, Index row) const {
-    return outer * job.outer_stride + row * job.length_stride + inner * job.width +
-           column;
+  Job(const void* const* inputs, const Sizes& sizes, const double* c, void* result)
+      : Sizes(sizes), inputs(inputs), coefficients(c), result(result) {
+    along = inner == 1 && (length == 1 || length_stride == width);
+    rows = along || coefficients ? 1 : ROWS;
+    Index room = TILE_BYTES / (in_double ? 8 : 4) / (models + 1) / rows;
+    tile = std::clamp<Index>(room / 64 * 64, 64, WIDTH);
+    if (along) {
+      last = length * width, length = ceil(last, tile);
+      width = length_stride = tile, last -= (length - 1) * tile;
+    }
+    outer_step = along ? std::max<Index>(1, BLOCK / (length * tile)) : 1;
+    inner_step = std::max<Index>(1, tile / width);
+    inner_steps = ceil(inner, inner_step), splits = ceil(width, tile);
+    Index most = along ? length : std::max<Index>(1, length / (4 * ROWS));
+    runs = along ? ceil(length * tile, BLOCK) : PARTS / (outer * inner_steps * splits);
+    runs = std::clamp<Index>(runs, 1, most), parts = runs * splits;
+    blocks = ceil(outer, outer_step) * parts * inner_steps;
+  }
+  Block block(Index n) const {
+    Index i = n % inner_steps * inner_step, part = n / inner_steps % parts;
+    Index o = n / inner_steps / parts * outer_step;
+    Index run = part / splits, column = part % splits * tile;
+    return {o, std::min(outer, o + outer_step), run * length / runs,
+            (run + 1) * length / runs, i, std::min(inner - i, inner_step), column,
+            std::min(width - column, tile), part};
+  }
+  Index count(const Block& block, Index row) const {
+    return along && row == length - 1 ? last : block.inners * block.width;
+  }
+  Index offset(const Block& block, Index o, Index row) const {
+    return o * outer_stride + row * length_stride + block.inner * width + block.column;
   }
 };
 
-std::vector<Block> blocks(const Job& job, Index columns, Index& parts) {
-  std::vector<Block> all;
-  Index size = job.length * job.width, splits = (job.width + columns - 1) / columns;
-  Index runs = std::clamp<Index>(job.length / (4 * ROWS), 1, PARTS);
-  Index outer_step = job.along() ? std::max<Index>(1, BLOCK / size) : 1;
-  Index inner_step = std::max<Index>(1, columns / job.width);
-  parts = job.along() ? (size + BLOCK - 1) / BLOCK : runs * splits;
-  for (Index o = 0; o < job.outer; o += outer_step)
-    for (Index p = 0; p < parts; p++) {
-      Index run = p / splits, split = p % splits;
-      Block block{o, std::min(job.outer, o + outer_step), run * job.length / runs,
-                  (run + 1) * job.length / runs, 0, 1, split * columns,
-                  std::min(job.width, (split + 1) * columns), p};
-      if (job.along()) {
-        block.start = p * BLOCK, block.stop = std::min(size, (p + 1) * BLOCK);
-        all.push_back(block);
-        continue;
-      }
-      for (Index& i = block.inner; i < job.inner; i += inner_step) {
-        block.inner_stop = std::min(job.inner, i + inner_step);
-        all.push_back(block);
-      }
-    }
-  return all;
-}
-
-// Elements of each model with the base taken off, and behind them the base's or zeros.
-// Asks for what comes next, as processors do not foresee so many streams.
+// One row of each model with the base taken off, then the base's or zeros; zeros fill
+// the last registers. Asks ahead, as processors do not foresee so many streams.
 template <class S, class W>
-INLINE void read(const Job& job, Index offset, Index count, Index ahead, W* tile,
-                 Index stride) {
-  W* __restrict origin = tile + job.models * stride;
+INLINE Index read(const Job& job, const Block& block, Index o, Index row, W* to) {
+  Index offset = job.offset(block, o, row), count = job.count(block, row);
+  Index next = offset + 2 * job.length_stride, stride = job.rows * job.tile;
+  W* __restrict origin = to + job.models * stride;
   if (!job.has_base) std::fill(origin, origin + count, W(0));
   for (Index m = job.models - !job.has_base; m >= 0; m--) {
-    const S* __restrict x = static_cast<const S*>(job.inputs[m]) + offset;
-    W* __restrict to = tile + m * stride;
-    for (Index k = 0; k < count; k += 64 / sizeof(S)) __builtin_prefetch(x + ahead + k);
-    if (job.has_base && m < job.models)
-      for (Index k = 0; k < count; k++) to[k] = W(widen(x[k])) - origin[k];
+    const S* __restrict x = static_cast<const S*>(job.inputs[m]);
+    W* __restrict wide = to + m * stride;
+    for (Index k = 0; k < count; k += 64 / sizeof(S)) __builtin_prefetch(x + next + k);
+    if (m < job.models && job.has_base)
+      for (Index k = 0; k < count; k++) wide[k] = W(widen(x[offset + k])) - origin[k];
     else
-      for (Index k = 0; k < count; k++) to[k] = W(widen(x[k]));
+      for (Index k = 0; k < count; k++) wide[k] = W(widen(x[offset + k]));
+    for (Index k = count; k % 64; k++) wide[k] = 0;
   }
+  return count;
 }
 
-template <class W> struct Register {
-  typedef W type __attribute__((vector_size(REGISTER)));
-  typedef double wide __attribute__((vector_size(REGISTER * 8 / sizeof(W))));
-};
-
-template <class S, class W> struct Gram {
-  static constexpr Index LANES = REGISTER / sizeof(W);
-  using Vector = typename Register<W>::type;
-  using Wide = typename Register<W>::wide;
-
-  static INLINE void run(Job& job, const Block& block, void* scratch) {
-    Wide* sums = static_cast<Wide*>(scratch);
-    if (!job.along()) return across(job, block, sums);
-    for (Index o = block.outer; o < block.outer_stop; o++) along(job, block, o, sums);
-  }
-
-  static INLINE void along(Job& job, const Block& block, Index o, Wide* sums) {
-    W* tile = reinterpret_cast<W*>(sums + job.pairs());
-    Index size = job.run();
-    std::fill(sums, sums + job.pairs(), Wide{});
-    for (Index k = block.start; k < block.stop; k += size) {
-      Index count = std::min(size, block.stop - k);
-      Index padded = (count + 4 * LANES - 1) / (4 * LANES) * (4 * LANES);
-      read<S>(job, o * job.outer_stride + k, count, size, tile, size);
-      for (Index v = 0; v < job.vectors(); v++)
-        std::fill(tile + v * size + count, tile + v * size + padded, W(0));
-      Wide* sum = sums;
-      for (Index i = 0; i < job.vectors(); i++)
-        for (Index j = i; j < job.vectors(); j++, sum++) {
-          const Vector* a = reinterpret_cast<const Vector*>(tile + i * size);
-          const Vector* b = reinterpret_cast<const Vector*>(tile + j * size);
-          Vector s0{}, s1{}, s2{}, s3{};
-          for (Index n = 0; n < padded / LANES; n += 4) {
-            s0 += a[n] * b[n], s1 += a[n + 1] * b[n + 1];
-            s2 += a[n + 2] * b[n + 2], s3 += a[n + 3] * b[n + 3];
-          }
-          *sum += __builtin_convertvector((s0 + s1) + (s2 + s3), Wide);
-        }
-    }
-    finish(job, block.part * job.outer + o, sums, 1, 0, LANES);
-  }
-
-  // A sum for each column first, and then of each vector's columns.
-  static INLINE void across(Job& job, const Block& block, Wide* sums) {
-    Index columns = job.columns(), strips = columns / LANES, size = ROWS * columns;
-    W* tile = reinterpret_cast<W*>(sums + job.pairs() * strips);
-    std::fill(sums, sums + job.pairs() * strips, Wide{});
-    for (Index r = block.start; r < block.stop; r += ROWS) {
-      Index rows = std::min(ROWS, block.stop - r);
+// Products of a tile's rows for each pair of models, added up by columns: four
+// registers of them along memory, and all of the tile's width across it.
+template <class S, class W>
+INLINE void gram(Job& job, const Block& block, double* sums) {
+  constexpr Index LANES = REGISTER / sizeof(W);
+  typedef W Vector __attribute__((vector_size(REGISTER)));
+  typedef double Wide __attribute__((vector_size(REGISTER / sizeof(W) * 8)));
+  Index N = job.models, columns = job.along ? 4 * LANES : job.tile;
+  Index each = job.along ? columns : block.width, size = job.rows * job.tile;
+  Index pairs = N * (N + 1) / 2, strips = columns / LANES;
+  W* tile = reinterpret_cast<W*>(sums + pairs * columns);
+  for (Index o = block.outer; o < block.outer_stop; o++) {
+    std::fill_n(sums, pairs * columns, 0.0);
+    for (Index r = block.start; r < block.stop; r += job.rows) {
+      Index rows = std::min(job.rows, block.stop - r), count = 0;
       for (Index n = 0; n < rows; n++)
-        read<S>(job, block.offset(job, r + n), block.count(), 4 * job.length_stride,
-                tile + n * columns, size);
-      Wide* sum = sums;
-      for (Index i = 0; i < job.vectors(); i++)
-        for (Index j = i; j < job.vectors(); j++, sum += strips)
-          for (Index c = 0; c * LANES < block.count(); c++) {
+        count = read<S>(job, block, o, r + n, tile + n * job.tile);
+      if (job.along) rows = ceil(count, columns), count = columns;
+      Wide* sum = reinterpret_cast<Wide*>(sums);
+      for (Index i = 0; i < N; i++)
+        for (Index j = i; j < N; j++, sum += strips)
+          for (Index c = 0; c * LANES < count; c += 4) {
             const Vector* a = reinterpret_cast<const Vector*>(tile + i * size) + c;
             const Vector* b = reinterpret_cast<const Vector*>(tile + j * size) + c;
-            Vector s{};
-            for (Index n = 0; n < rows; n++) s += a[n * strips] * b[n * strips];
-            sum[c] += __builtin_convertvector(s, Wide);
+            Vector s[4] = {};
+            for (Index n = 0; n < rows * strips; n += strips)
+              for (Index l = 0; l < 4; l++) s[l] += a[n + l] * b[n + l];
+            for (Index l = 0; l < 4; l++)
+              sum[c + l] += __builtin_convertvector(s[l], Wide);
           }
     }
-    Index vector = (block.part * job.outer + block.outer) * job.inner;
-    for (Index i = block.inner; i < block.inner_stop; i++)
-      finish(job, vector + i, sums, strips, (i - block.inner) * block.each(),
-             block.each());
-  }
-
-  // Add up some lanes of each pair's sums.
-  static INLINE void finish(Job& job, Index vector, const Wide* sums, Index stride,
-                            Index first, Index count) {
-    for (Index p = 0; p < job.pairs(); p++) {
-      const double* from = reinterpret_cast<const double*>(sums + p * stride) + first;
-      double total = 0;
-      for (Index n = 0; n < count; n++) total += from[n];
-      job.sums[vector * job.pairs() + p] = total;
+    for (Index v = 0; v < block.inners; v++) {
+      Index vector = (block.part * job.outer + o) * job.inner + block.inner + v;
+      double *to = job.grams + vector * N * N, *from = sums + v * each;
+      for (Index i = 0; i < N; i++)
+        for (Index j = i; j < N; j++, from += columns)
+          to[i * N + j] = to[j * N + i] = std::accumulate(from, from + each, 0.0);
     }
   }
-};
+}
 
-template <class S, class W> struct Combination {
-  static INLINE void run(Job& job, const Block& block, void* scratch) {
-    W* factors = static_cast<W*>(scratch);
-    bool along = job.along();
-    Index size = along ? std::min(RUN, block.stop - block.start) : block.count();
-    for (Index o = block.outer; o < block.outer_stop; o++) {
-      const double* c = job.coefficients + (o * job.inner + block.inner) * job.models;
+template <class S, class W>
+INLINE void combine(Job& job, const Block& block, double* scratch) {
+  W* factors = reinterpret_cast<W*>(scratch);
+  W* tile = factors + job.models * job.tile;
+  Index each = job.along ? job.count(block, block.start) : block.width;
+  for (Index o = block.outer; o < block.outer_stop; o++) {
+    const double* c = job.coefficients + (o * job.inner + block.inner) * job.models;
+    for (Index v = 0; v < block.inners; v++)
       for (Index m = 0; m < job.models; m++)
-        for (Index k = 0; k < size; k++)
-          factors[m * RUN + k] = W(c[(along ? 0 : k / block.each()) * job.models + m]);
-      for (Index k = block.start; k < block.stop; k += along ? RUN : 1)
-        if (along)
-          elements(job, o * job.outer_stride + k, std::min(RUN, block.stop - k), RUN,
-                   factors);
-        else
-          elements(job, block.offset(job, k), size, 2 * job.length_stride, factors);
+        std::fill_n(factors + m * job.tile + v * each, each, W(*c++));
+    for (Index r = block.start; r < block.stop; r++) {
+      Index count = read<S>(job, block, o, r, tile);
+      W* __restrict total = tile + job.models * job.tile;
+      for (Index m = 0; m < job.models; m++) {
+        const W* __restrict vector = tile + m * job.tile;
+        const W* __restrict factor = factors + m * job.tile;
+        for (Index k = 0; k < count; k++) total[k] += factor[k] * vector[k];
+      }
+      S* __restrict to = static_cast<S*>(job.result) + job.offset(block, o, r);
+      Bits infinite = 0;
+      for (Index k = 0; k < count; k++) narrow(total[k], to[k]);
+      for (Index k = 0; k < count; k++) infinite |= !finite(to[k]);
+      if (infinite) job.infinite = true;
     }
   }
+}
 
-  static INLINE void elements(Job& job, Index offset, Index count, Index ahead,
-                              W* factors) {
-    W* tile = factors + job.models * RUN;
-    W* __restrict total = tile + job.models * RUN;
-    S* __restrict to = static_cast<S*>(job.result) + offset;
-    read<S>(job, offset, count, ahead, tile, RUN);
-    for (Index m = 0; m < job.models; m++) {
-      const W* __restrict v = tile + m * RUN;
-      const W* __restrict c = factors + m * RUN;
-      for (Index k = 0; k < count; k++) total[k] += c[k] * v[k];
-    }
-    Bits infinite = 0;
-    for (Index k = 0; k < count; k++) {
-      narrow(total[k], to[k]);
-      infinite |= !(widen(to[k]) - widen(to[k]) == 0);
-    }
-    if (infinite) job.infinite = true;
-  }
-};
-
-template <template <class, class> class Step>
-INLINE void with_types(Job& job, const Block& block, void* scratch) {
+template <class S, class W> INLINE void step(Job& job, const Block& block, double* to) {
+  job.coefficients ? combine<S, W>(job, block, to) : gram<S, W>(job, block, to);
+}
+CLONES void step(Job& job, const Block& block, double* scratch) {
   switch (2 * job.stored + job.in_double) {
-    case 0: return Step<BFloat16, float>::run(job, block, scratch);
-    case 1: return Step<BFloat16, double>::run(job, block, scratch);
-    case 2: return Step<Float16, float>::run(job, block, scratch);
-    case 3: return Step<Float16, double>::run(job, block, scratch);
-    case 5: return Step<float, double>::run(job, block, scratch);
-    case 7: return Step<double, double>::run(job, block, scratch);
+    case 0: return step<BFloat16, float>(job, block, scratch);
+    case 1: return step<BFloat16, double>(job, block, scratch);
+    case 2: return step<Float16, float>(job, block, scratch);
+    case 3: return step<Float16, double>(job, block, scratch);
+    case 5: return step<float, double>(job, block, scratch);
+    case 7: return step<double, double>(job, block, scratch);
   }
 }
 
-using Step = void (*)(Job&, const Block&, void*);
-CLONES void gram_block(Job& job, const Block& block, void* scratch) {
-  with_types<Gram>(job, block, scratch);
-}
-CLONES void combine_block(Job& job, const Block& block, void* scratch) {
-  with_types<Combination>(job, block, scratch);
-}
-
-// Ask for large pages where the result is new: the system provides them much faster.
-void advise(char* start, Index bytes) {
+// Ask for large pages where the result is new: the system has them ready much faster.
+void advise(const Job& job) {
 #ifdef MADV_HUGEPAGE
-  Index page = 1 << 21, skipped = (page - std::uintptr_t(start) % page) % page;
-  Index whole = (bytes - skipped) / page * page;
-  if (whole > 0) madvise(start + skipped, whole, MADV_HUGEPAGE);
+  Block block = job.block(job.blocks - 1);
+  Index end = job.offset(block, job.outer - 1, job.length - 1);
+  Index bytes = (end + job.count(block, job.length - 1)) *
+                (job.stored < 2 ? 2 : 4 * (job.stored - 1));
+  char* start = static_cast<char*>(job.result) + -std::uintptr_t(job.result) % 4096;
+  if (bytes > 1 << 21) madvise(start, bytes - 4096, MADV_HUGEPAGE);
 #endif
 }
 
-// Take all blocks through a step, in threads that begin and end here.
-void run(Step step, Job& job, const std::vector<Block>& all, Index threads,
-         Index numbers) {
-  threads = std::clamp<Index>(threads, 1, all.size());
-  Index size = (numbers * sizeof(double) + 127) / 128 * 128;
-  std::vector<char> scratch(threads * size + 128);
-  char* start = scratch.data() + (128 - std::uintptr_t(scratch.data()) % 128);
-  std::atomic<std::size_t> next{0};
+struct alignas(64) Line { double numbers[8]; };
+// Take all blocks through their step, in threads that begin and end here.
+void run(Job& job, Index threads) {
+  threads = std::clamp<Index>(threads, 1, job.blocks);
+  Index pairs = job.models * (job.models + 1) / 2, vectors = 2 * job.models + 1;
+  Index lines = (pairs + vectors * job.rows) * job.tile / 8;
+  std::vector<Line> scratch(threads * lines);
+  std::atomic<Index> next{0};
   auto work = [&](Index thread) {
-    for (std::size_t n; (n = next++) < all.size();)
-      step(job, all[n], start + thread * size);
+    for (Index n; (n = next++) < job.blocks;)
+      step(job, job.block(n), scratch[thread * lines].numbers);
   };
   std::vector<std::thread> others;
   others.reserve(threads);
@@ -332,45 +279,22 @@ void run(Step step, Job& job, const std::vector<Block>& all, Index threads,
   work(0);
   for (std::thread& other : others) other.join();
 }
-
 }  // namespace
 
-extern "C" {
-
-// Writes (outer, inner, vectors, vectors). Returns 2 if there is no memory.
-int nuslerp_gram(const void* const* inputs, const Index* sizes, double* gram,
-                 Index threads) try {
-  Job job(inputs, sizes);
-  Index parts, count = job.outer * job.inner, pairs = job.pairs(), N = job.vectors();
-  std::vector<Block> all = blocks(job, job.columns(), parts);
-  std::vector<double> sums(parts * count * pairs);
-  job.sums = sums.data();
-  run(gram_block, job, all, threads,
-      pairs * job.columns() + (job.models + 1) * std::max(RUN, ROWS * job.columns()));
-  for (Index part = 1; part < parts; part++)  // add up all of them in the first
-    for (Index n = 0; n < count * pairs; n++) sums[n] += sums[part * count * pairs + n];
-  for (Index v = 0, n = 0; v < count; v++)
-    for (Index i = 0; i < N; i++)
-      for (Index j = i; j < N; j++, n++)
-        gram[(v * N + i) * N + j] = gram[(v * N + j) * N + i] = sums[n];
-  return 0;
-} catch (const std::bad_alloc&) {
-  return 2;
-}
-
-// Returns 1 if a result is infinite in the stored type, 2 if there is no memory.
-int nuslerp_combine(const void* const* inputs, const Index* sizes,
-                    const double* coefficients, char* result, Index threads) try {
-  Job job(inputs, sizes);
-  job.coefficients = coefficients;
-  job.result = result;
-  Index parts, bytes = job.stored < 2 ? 2 : 4 * (job.stored - 1);
-  Index count = (job.outer - 1) * job.outer_stride +
-                (job.length - 1) * job.length_stride + job.inner * job.width;
-  advise(result, count * bytes);
-  run(combine_block, job, blocks(job, RUN, parts), threads, (2 * job.models + 1) * RUN);
+// Adds to zeros (outer, inner, models, models), or writes the result of coefficients.
+// Returns 1 if that is not finite, and 2 if there is no memory.
+extern "C" int nuslerp(const void* const* inputs, const Sizes* sizes,
+                       const double* coefficients, void* result, Index threads) try {
+  Job job(inputs, *sizes, coefficients, result);
+  Index size = coefficients ? 0 : job.outer * job.inner * job.models * job.models;
+  std::vector<double> grams(job.parts * size);
+  job.grams = grams.data();
+  if (coefficients) advise(job);
+  run(job, threads);
+  for (Index part = 0; part < job.parts; part++)
+    for (Index n = 0; n < size; n++)
+      static_cast<double*>(result)[n] += grams[part * size + n];
   return job.infinite;
 } catch (const std::bad_alloc&) {
   return 2;
-}
 }

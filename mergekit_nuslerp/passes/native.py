@@ -24,19 +24,14 @@ _STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MOST_ELEMENTS = 2**25
 _THREAD_ELEMENTS = 2**17
 
-
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The compiled library, or why there is none."""
-    spec = find_spec("mergekit_nuslerp.passes._native")
-    if spec is None or spec.origin is None:
-        return None, "the C++ part was not built when this package was installed"
-    try:
-        return ctypes.CDLL(spec.origin), ""
-    except OSError as error:
-        return None, f"the C++ part cannot be loaded: {error}"
-
-
-_LIBRARY, FAILURE = _load()
+FAILURE = ""  # why the compiled library does not serve, if it does not
+try:
+    _FOUND = find_spec("mergekit_nuslerp.passes._native")
+    if _FOUND is None or _FOUND.origin is None:
+        raise OSError("it was not built when this package was installed")
+    _LIBRARY = ctypes.CDLL(_FOUND.origin)
+except OSError as error:
+    FAILURE = f"the C++ part cannot be loaded: {error}"
 
 
 def serves(inputs: Sequence[torch.Tensor]) -> bool:
@@ -54,18 +49,13 @@ def serves(inputs: Sequence[torch.Tensor]) -> bool:
 
 
 def gram(
-    inputs: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    dtype: torch.dtype,
-    *,
-    measure_base: bool = False,
+    inputs: Sequence[torch.Tensor], base: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    count = len(inputs) + measure_base
-    shape = *inputs[0].shape[::2], count, count
+    shape = *inputs[0].shape[::2], len(inputs), len(inputs)
     total = torch.zeros(shape, dtype=torch.float64, device="cpu")
     for piece in pieces(inputs[0].shape, _MOST_ELEMENTS):
         part = torch.zeros_like(total[piece[0], piece[2]].contiguous())
-        _call("gram", inputs, base, dtype, piece, [part], measure_base)
+        _call(inputs, base, dtype, piece, None, part)
         total[piece[0], piece[2]] += part
     return total
 
@@ -79,30 +69,30 @@ def combine(
 ) -> bool:
     infinite = 0
     for piece in pieces(out.shape, _MOST_ELEMENTS):
-        numbers = [coefficients[piece[0], piece[2]].contiguous(), out[piece]]
-        infinite |= _call("combine", inputs, base, dtype, piece, numbers)
+        factors = coefficients[piece[0], piece[2]].contiguous()
+        infinite |= _call(inputs, base, dtype, piece, factors, out[piece])
     return not infinite
 
 
 def _call(
-    function: str,
     inputs: Sequence[torch.Tensor],
     base: torch.Tensor | None,
     dtype: torch.dtype,
     piece: tuple[slice, ...],
-    numbers: Sequence[torch.Tensor],
-    measure_base: bool = False,
+    coefficients: torch.Tensor | None,
+    result: torch.Tensor,
 ) -> int:
-    """Call a function of native.cpp on part of a view."""
+    """Take part of a view through native.cpp, whose `Sizes` say what it needs."""
     parts = [x[piece] for x in (inputs if base is None else [*inputs, base])]
-    kind = _STORED.index(parts[0].dtype), dtype == torch.float64
-    given = len(inputs), base is not None, measure_base
-    sizes = (*kind, *given, *parts[0].shape, *parts[0].stride()[:2])
-    worthwhile = max(1, len(parts) * parts[0].numel() // _THREAD_ELEMENTS)
-    status: int = getattr(_LIBRARY, f"nuslerp_{function}")(
+    first, in_double = parts[0], dtype == torch.float64
+    sizes = _STORED.index(first.dtype), in_double, len(inputs), base is not None
+    sizes = (*sizes, *first.shape, *first.stride()[:2])
+    worthwhile = max(1, len(parts) * first.numel() // _THREAD_ELEMENTS)
+    status: int = _LIBRARY.nuslerp(
         (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts)),
         (ctypes.c_int64 * len(sizes))(*sizes),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in numbers),
+        ctypes.c_void_p(None if coefficients is None else coefficients.data_ptr()),
+        ctypes.c_void_p(result.data_ptr()),
         ctypes.c_int64(min(worthwhile, torch.get_num_threads())),
     )
     if status == 2:

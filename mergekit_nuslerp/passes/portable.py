@@ -9,7 +9,7 @@ For any device, strides and mixture of dtypes. Autograd can record it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 
 import torch
 
@@ -17,7 +17,7 @@ from mergekit_nuslerp.granularity import pieces
 
 # Memory for a piece. On a CPU it should stay in the cache; elsewhere work on a piece
 # must take longer than starting it.
-_BYTES_CPU = 6 * 2**20
+_BYTES_CPU = 3 * 2**20
 _BYTES_ELSEWHERE = 128 * 2**20
 
 
@@ -32,11 +32,7 @@ def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def gram(
-    inputs: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    dtype: torch.dtype,
-    *,
-    measure_base: bool = False,
+    inputs: Sequence[torch.Tensor], base: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Inner products of the vectors `inputs[i] - base`.
 
@@ -45,25 +41,20 @@ def gram(
             and inner indices leaves.
         base: of the same shape, or None.
         dtype: what to compute in. Sums over pieces are in the device's widest dtype.
-        measure_base: add the base itself as one more vector.
 
     Returns:
         `(outer, inner, N, N)` in the device's widest dtype. NaN and infinity in the
         inputs show in it.
     """
-    count, device = len(inputs) + measure_base, inputs[0].device
-    shape = *inputs[0].shape[::2], count, count
+    count, device = len(inputs), inputs[0].device
+    pairs = list(combinations_with_replacement(range(count), 2))
+    shape = len(pairs), *inputs[0].shape[::2]
     total = torch.zeros(shape, dtype=wide_dtype(device), device=device)
-    for piece, vectors, origin, buffer in _pieces(inputs, base, dtype):
-        if measure_base and origin is not None:
-            vectors.append(origin)
-        part = total[piece[0], piece[2]]
-        for i, j in combinations_with_replacement(range(count), 2):
-            product = torch.mul(vectors[i], vectors[j], out=buffer).sum((1, 3))
-            part[..., i, j] += product
-            if i != j:
-                part[..., j, i] += product
-    return total
+    for piece, vectors, _, buffer in _pieces(inputs, base, dtype):
+        terms = (torch.mul(vectors[i], vectors[j], out=buffer) for i, j in pairs)
+        total[:, piece[0], piece[2]] += torch.stack([x.sum((1, 3)) for x in terms])
+    order = [pairs.index((min(p), max(p))) for p in product(range(count), repeat=2)]
+    return total[order].unflatten(0, (count, count)).permute(2, 3, 0, 1)
 
 
 def combine(
@@ -85,7 +76,6 @@ def combine(
     """
     # One value a vector, contiguous for each model: strided factors are slow.
     factors = coefficients.to(dtype).movedim(-1, 0).contiguous()[:, :, None, :, None]
-    finite = torch.ones((), dtype=torch.bool, device=out.device)
     for piece, vectors, total, buffer in _pieces(inputs, base, dtype):
         for vector, factor in zip(vectors, factors[:, piece[0], :, piece[2]]):
             if total is None:
@@ -93,8 +83,7 @@ def combine(
             else:
                 total = torch.addcmul(total, vector, factor, out=buffer)
         out[piece].copy_(total)
-        finite &= torch.stack(out[piece].detach().aminmax()).isfinite().all()
-    return bool(finite)
+    return bool(torch.stack(out.detach().aminmax()).isfinite().all())
 
 
 def _pieces(
@@ -113,7 +102,9 @@ def _pieces(
     room = torch.empty(0 if recorded else count, most, dtype=dtype, device=first.device)
     for piece in pieces(first.shape, most):
         parts = [tensor[piece] for tensor in given]
-        rows = [row[: parts[0].numel()].view(parts[0].shape) for row in room]
+        # One operation a model: PyTorch's threads then find in their own cache what
+        # they wrote there.
+        rows = room[:, : parts[0].numel()].unflatten(1, parts[0].shape).unbind()
         buffers = rows or [None] * count
         wide = [row.copy_(part) for row, part in zip(rows, parts)]
         wide = wide or [part.to(dtype) for part in parts]
