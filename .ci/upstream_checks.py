@@ -92,9 +92,7 @@ def examples() -> None:
         sizes = {"hidden_size": 32, "vocabulary": 272}
         write_checkpoints(tiny, fine_tunes=MODELS[1:], layers=4, **sizes)
         cards = [f"medalpaca-{name}" for name in ("7b", "sft", "kd")]
-        write_checkpoints(
-            tiny, base=cards[0], fine_tunes=cards[1:], layers=32, **sizes
-        )
+        write_checkpoints(tiny, base=cards[0], fine_tunes=cards[1:], layers=32, **sizes)
         write_checkpoints(wide, layers=1, hidden_size=512, vocabulary=272)
         for switch in ("0", "portable"):
             environment = {**os.environ, "MERGEKIT_NUSLERP": switch}

@@ -134,7 +134,12 @@ def fetch(folder: Path) -> Path:
 
 
 def git(tree: Path, *words: str, given: str | None = None) -> str:
-    identity = ["-c", "user.name=The mergekit-nuslerp authors", "-c", "user.email=authors@mergekit-nuslerp.invalid"]
+    identity = [
+        "-c",
+        "user.name=The mergekit-nuslerp authors",
+        "-c",
+        "user.email=authors@mergekit-nuslerp.invalid",
+    ]
     quiet = ["-c", "commit.gpgsign=false", "-c", "core.autocrlf=false"]
     return subprocess.run(
         ["git", *identity, *quiet, *words],

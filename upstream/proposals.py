@@ -240,17 +240,15 @@ MANY = Proposal(
         edit(
             _SPHERICAL,
             """\
-    return _slerp(cosine, weights, antipodal_tolerance)
+    return _slerp(cosine, weights, bound)
 """,
             """\
     if gram.shape[-1] == 2:
-        return _slerp(cosine, weights, antipodal_tolerance)
+        return _slerp(cosine, weights, bound)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     cosines = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
     cosines = cosines / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
-    directions, unique = karcher_coefficients(
-        cosines, weights, antipodal_tolerance=antipodal_tolerance
-    )
+    directions, unique = karcher_coefficients(cosines, weights, bound)
     return torch.where(unique.unsqueeze(-1), directions, weights), unique
 """,
             within="mean_coefficients",
@@ -296,7 +294,11 @@ MANY = Proposal(
             "from mergekit.merge_methods.easy_define import merge_method\n",
             """\
 from mergekit.merge_methods.easy_define import merge_method
-from mergekit.merge_methods.spherical import karcher_coefficients, normalize_weights
+from mergekit.merge_methods.spherical import (
+    antipodal_bound,
+    karcher_coefficients,
+    normalize_weights,
+)
 from mergekit.merge_methods.vectors import merge_vectors
 """,
         ),
@@ -318,9 +320,8 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
         cosines = torch.where(short.unsqueeze(-1) | short.unsqueeze(-2), identity, gram)
         cosines = cosines / norms.unsqueeze(-1) / norms.unsqueeze(-2)
         shares = normalize_weights(torch.where(short, 0, weights))
-        directions, unique = karcher_coefficients(
-            cosines, shares, antipodal_tolerance=antipodal_tolerance
-        )
+        bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
+        directions, unique = karcher_coefficients(cosines, shares, bound)
         # Without a unique mean, take the direction of the weighted sum or, where
         # inputs cancel, that of the first one.
         square = (shares.unsqueeze(-1) * cosines * shares.unsqueeze(-2)).sum((-2, -1))
@@ -611,12 +612,6 @@ def _parameter_spec(
             _SPHERICAL,
             "mean_coefficients",
             "# take geometry: mean_coefficients, _resize\n",
-        ),
-        edit(
-            _SPHERICAL,
-            "    check_magnitude(magnitude)\n",
-            "",
-            within="mean_coefficients",
         ),
         edit(
             _NUSLERP,

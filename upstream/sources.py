@@ -18,7 +18,6 @@ from textwrap import indent
 _TAKE = re.compile(r"^# take ([\w.]+): (.+)\n", re.MULTILINE)
 
 
-
 def filled(text: str) -> str:
     """A text with what it takes from the plugin in place."""
 

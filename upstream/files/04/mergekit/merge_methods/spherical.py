@@ -34,7 +34,8 @@ def mean_coefficients(
     cosine = gram[..., 0, 1] / lengths[..., 0] / lengths[..., 1]
     cosine = torch.where(zero.any(-1), 0, cosine)
     weights = weights.expand(gram.shape[:-1])
-    return _slerp(cosine, weights, antipodal_tolerance)
+    bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
+    return _slerp(cosine, weights, bound)
 
 
 # take geometry: _slerp, _sqrt, antipodal_bound
