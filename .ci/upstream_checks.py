@@ -59,10 +59,11 @@ def same_bytes() -> None:
             tensors[0][1], tensors[0][2] = -tensors[1][1], 0
             tensors[1][3] = tensors[0][3]
         weights = [0.3, 0.7, 0.5, 0.1, 0.4][:count]
+        bases = None, base.to(dtype)
         for base, granularity, magnitude, scale in product(
-            (None, base.to(dtype)), vectors, lengths, scales
+            bases, vectors, lengths, scales
         ):
-            if base is None and scale != 1 or large and magnitude != "slerp":
+            if (base is None and scale != 1) or (large and magnitude != "slerp"):
                 continue
             options = {"granularity": granularity, "magnitude": magnitude}
             expected = nuslerp(tensors, weights, base=base, lambda_=scale, **options)

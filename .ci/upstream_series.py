@@ -22,8 +22,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from upstream.build import fetch, git, start
-from upstream.proposals import PROPOSALS
+from upstream.build import fetch, git, start  # noqa: E402
+from upstream.proposals import PROPOSALS  # noqa: E402
 
 # What mergekit itself is checked by, apart from the plugin's hook.
 PLAIN = {"MERGEKIT_NUSLERP": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}

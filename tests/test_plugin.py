@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import mergekit
 import mergekit.merge_methods.registry as registry
 import pytest
+import torch
 from click.testing import CliRunner
 from mergekit import merge_methods
 from support import (

@@ -102,9 +102,8 @@ def main(size: int = 4096, small: int = 2048) -> None:
             if name == "tensor":
                 same = merge() == exact(inputs).to(dtype)
                 share = f"{same.double().mean():.3%}"
-            print(
-                f"{dtype} {name} | {best(merge):.0f} | {scratch(merge, inputs):.0f} | {share}"
-            )
+            figures = f"{best(merge):.0f} | {scratch(merge, inputs):.0f} | {share}"
+            print(f"{dtype} {name} | {figures}")
     print("karcher, three models | ms | MiB")
     for dtype in (torch.bfloat16, torch.float32):
         inputs = weights(small, 3, dtype)[:3]
