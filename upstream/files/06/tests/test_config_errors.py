@@ -58,7 +58,9 @@ def test_what_is_not_read_is_named(models, caplog):
             parameters={"nuslerp_flaten": False},
             of_models={"density": 0.5, "nuslerp_row_wise": True},
         )
-    assert "nuslerp does not read parameter nuslerp_flaten" in caplog.messages[-1]
+    assert (
+        "Merge method nuslerp does not read parameter nuslerp_flaten" in caplog.messages
+    )
     for name in ("density", "nuslerp_row_wise"):
         for model in models:
             expected = (

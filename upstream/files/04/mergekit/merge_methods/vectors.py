@@ -72,16 +72,14 @@ def _gram(
     inputs: Sequence[torch.Tensor], base: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Inner products, (outer, inner, N, N), of the differences from the base."""
-    sizes, wide = inputs[0].shape, wide_dtype(inputs[0].device)
-    total = inputs[0].new_zeros(*sizes[::2], len(inputs), len(inputs), dtype=wide)
+    count, wide = len(inputs), wide_dtype(inputs[0].device)
+    pairs = list(combinations_with_replacement(range(count), 2))
+    total = inputs[0].new_zeros(len(pairs), *inputs[0].shape[::2], dtype=wide)
     for chunk, vectors, _ in _chunks(inputs, base, dtype):
-        part = total[chunk[0], chunk[2]]
-        for i, j in combinations_with_replacement(range(len(inputs)), 2):
-            product = (vectors[i] * vectors[j]).sum((1, 3))
-            part[..., i, j] += product
-            if i != j:
-                part[..., j, i] += product
-    return total
+        terms = [(vectors[i] * vectors[j]).sum((1, 3)) for i, j in pairs]
+        total[:, chunk[0], chunk[2]] += torch.stack(terms)
+    order = [pairs.index((min(p), max(p))) for p in product(range(count), repeat=2)]
+    return total[order].unflatten(0, (count, count)).permute(2, 3, 0, 1)
 
 
 def _chunks(
