@@ -19,6 +19,9 @@ __version__ = "0.1.0"
 
 __all__ = ["NonFiniteError", "__version__", "nuslerp", "register"]
 
+# Names of the merge method: mergekit's own, and that of `entry_point`.
+METHODS = ("nuslerp", "mergekit_nuslerp")
+
 REGISTRY = "mergekit.merge_methods.registry"
 PLAN = "mergekit.plan"
 SWITCH = "MERGEKIT_NUSLERP"
@@ -151,7 +154,7 @@ def _ask_first(plan: Any, refuse: Any) -> None:
     if planner is not None and own is not None:
 
         def _plan(self: Any) -> Any:
-            if self.config.merge_method == "nuslerp":
+            if self.config.merge_method in METHODS:
                 refuse(self.config)
             return own(self)
 

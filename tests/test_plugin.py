@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import mergekit
 import mergekit.merge_methods.registry as registry
 import pytest
+import torch
 from click.testing import CliRunner
 from mergekit import merge_methods
 from support import (
@@ -342,7 +343,19 @@ def test_both_entry_points_lead_to_the_package():
     groups = ("torch.backends", "mergekit.merge_methods")
     found = {g: [e.value for e in entry_points(group=g)] for g in groups}
     assert "mergekit_nuslerp:_autoload" in found["torch.backends"]
-    assert "mergekit_nuslerp:register" in found["mergekit.merge_methods"]
+    assert "mergekit_nuslerp.entry_point:method" in found["mergekit.merge_methods"]
+
+
+@pytest.mark.skipif(not hasattr(registry, "register"), reason="for mergekit 0.1.5")
+def test_the_entry_point_is_what_mergekit_registers(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    (point,) = entry_points(group="mergekit.merge_methods", name="mergekit_nuslerp")
+    method = point.load()
+    assert method.spec.name == point.name
+    registry.register(method)
+    tensors, weights = [torch.eye(2)[0], torch.eye(2)[1]], {"weight": [1, 1]}
+    found = merge_methods.merge_tensors(tensors, point.name, parameters=weights)
+    torch.testing.assert_close(found, torch.full((2,), 0.5**0.5))
 
 
 def test_registering_again_changes_nothing():

@@ -26,7 +26,7 @@ from mergekit.config import ParameterSetting
 from mergekit.io.tasks import GatherTensors, LoaderCache
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from mergekit_nuslerp import parameters, plugin
+from mergekit_nuslerp import METHODS, parameters, plugin
 from mergekit_nuslerp.kernel import NonFiniteError, RangeError, merge_batch
 from mergekit_nuslerp.messages import brief
 from mergekit_nuslerp.parameters import LOG, ConfigError
@@ -93,7 +93,7 @@ def _checked_config(validate: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(validate)
     def model_validate(cls: Any, config: Any, *args: Any, **options: Any) -> Any:
         attach()  # the planner may have come since
-        if not isinstance(config, dict) or config.get("merge_method") != "nuslerp":
+        if not isinstance(config, dict) or config.get("merge_method") not in METHODS:
             return validate(cls, config, *args, **options)
         check_written(config)
         try:
@@ -204,7 +204,7 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plan)
     def _plan(self: Any) -> Any:
         config = self.config
-        if config.merge_method != "nuslerp":
+        if config.merge_method not in METHODS:
             return plan(self)
         plugin.try_merge()
         parameters.start_merge()

@@ -1,0 +1,67 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+import pytest
+import torch
+
+from mergekit import merge_methods
+from mergekit.merge_methods import TensorGroup, merge_method, merge_tensors
+
+BASE, A, B, C = torch.randn(4, 30, generator=torch.Generator().manual_seed(5)).double()
+WEIGHTS = [0.2, 0.5, 0.3]
+
+
+def merge(tensors, base=None, **parameters):
+    shares = [
+        weight / sum(WEIGHTS[: len(tensors)]) for weight in WEIGHTS[: len(tensors)]
+    ]
+    return merge_tensors(
+        tensors if base is None else [*tensors, base],
+        "nuslerp",
+        base_index=None if base is None else len(tensors),
+        parameters={"weight": shares, **parameters},
+    )
+
+
+@pytest.mark.parametrize("tensors", [[A, 5 * B], [A, 5 * B, 0.1 * C]])
+def test_lengths_are_means(tensors):
+    shares = [weight / sum(WEIGHTS[: len(tensors)]) for weight in WEIGHTS]
+    lengths = [tensor.norm() for tensor in tensors]
+    linear = sum(w * length for w, length in zip(shares, lengths))
+    geometric = torch.stack([length**w for w, length in zip(shares, lengths)]).prod()
+    for magnitude, length in {"linear": linear, "geometric": geometric}.items():
+        result = merge(tensors, nuslerp_magnitude=magnitude)
+        torch.testing.assert_close(result.norm(), length)
+        # Its direction is that of the unit vectors' mean.
+        mean = merge([tensor / tensor.norm() for tensor in tensors])
+        torch.testing.assert_close(result / length, mean)
+
+
+def test_karcher_is_nuslerp_of_linear_magnitude():
+    parameters = {"weight": [1, 1, 1], "nuslerp_magnitude": "linear"}
+    result = merge_tensors([A, B, C], "nuslerp", parameters=parameters)
+    torch.testing.assert_close(result, merge_tensors([A, B, C], "karcher"))
+
+
+def test_lambda_scales_the_merged_task_vector():
+    whole = merge([A, B], BASE)
+    scaled = merge([A, B], BASE, **{"lambda": 0.3})
+    torch.testing.assert_close(scaled - BASE, 0.3 * (whole - BASE))
+
+
+def test_lambda_needs_a_base():
+    with pytest.raises(ValueError, match="lambda.*base"):
+        merge([A, B], **{"lambda": 0.3})
+
+
+def test_an_argument_lambda_with_an_underscore_is_parameter_lambda():
+    @merge_method(name="scaled")
+    def scaled(group: TensorGroup, lambda_: float, other_: float = 1) -> torch.Tensor:
+        return lambda_ * other_ * group.tensors[0]
+
+    assert [p.name for p in scaled.spec.parameters] == ["lambda", "other_"]
+    (result,) = scaled(
+        [TensorGroup.from_tensors([A])], parameters={"lambda": 2, "other_": 3}
+    )
+    torch.testing.assert_close(result, 6 * A)
+    assert "lambda" in {p.name for p in merge_methods.get("nuslerp").spec.parameters}

@@ -1,0 +1,693 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""The proposals in their order, each without need of the later ones."""
+
+from __future__ import annotations
+
+from upstream.build import Proposal, append, body, edit, edit_docs, replace
+
+_METHODS = "mergekit/merge_methods/"
+_NUSLERP = f"{_METHODS}nuslerp.py"
+_KARCHER = f"{_METHODS}karcher.py"
+_SPHERICAL = f"{_METHODS}spherical.py"
+_REGISTRY = f"{_METHODS}registry.py"
+_GUIDE = "docs/merge_methods.md"
+
+ROW_WISE = Proposal(
+    1,
+    [
+        edit(
+            _NUSLERP,
+            "    nuslerp_row_wise: bool = False,\n",
+            "    # True: vectors run along dimension 0, and are columns W[:, j] of a\n"
+            "    # matrix. False: they run along the last one, and are rows W[i, :].\n"
+            "    nuslerp_row_wise: bool = False,\n",
+            within="nuslerp_merge_method",
+        ),
+        edit_docs(
+            _GUIDE,
+            "`false`, performs row/column-wise interpolation. Default `true`",
+            "`false`, interpolates each row or column on its own. Default `true`",
+        ),
+        edit_docs(
+            _GUIDE,
+            "SLERPs row vectors instead of column vectors. Default `false`",
+            "the vectors run along the first dimension and are columns `W[:, j]` of a "
+            "matrix. If `false`, they run along the last and are rows `W[i, :]`. "
+            "Default `false`",
+        ),
+    ],
+)
+
+LAST_SLICE = Proposal(
+    2,
+    [
+        edit(
+            "mergekit/plan.py",
+            "[weight_info] * len(definition.slices[0].sources),\n"
+            "                [s.model for s in definition.slices[-1].sources],\n",
+            "[weight_info] * len(definition.slices[-1].sources),\n"
+            "                [s.model for s in definition.slices[-1].sources],\n",
+            within="MergePlanner.plan_module",
+        )
+    ],
+)
+
+ENTRY_POINTS = Proposal(
+    3,
+    [
+        edit(
+            _REGISTRY,
+            "from typing import Dict, Tuple\n",
+            "from importlib.metadata import entry_points\n"
+            "from typing import Dict, Tuple\n",
+        ),
+        edit(
+            _REGISTRY,
+            "_METHODS: Dict[str, MergeMethod] = {}\n",
+            "_METHODS: Dict[str, MergeMethod] = {}\n"
+            "\n"
+            "# Where other packages name their methods, `NAME = module:method`.\n"
+            '_ENTRY_POINT_GROUP = "mergekit.merge_methods"\n',
+        ),
+        edit(
+            _REGISTRY,
+            "    try:\n",
+            "    if name not in _METHODS:\n"
+            "        _register_entry_point(name)\n"
+            "    try:\n",
+            within="get",
+        ),
+        edit(
+            _REGISTRY,
+            "def registered_methods() -> Tuple[MergeMethod, ...]:\n",
+            '''\
+def _register_entry_point(name: str) -> None:
+    """Register the method that an installed package provides under this name."""
+    found = tuple(entry_points(group=_ENTRY_POINT_GROUP, name=name))
+    if not found:
+        return
+    origins = ", ".join(sorted(point.value for point in found))
+    if len(found) > 1:
+        raise RuntimeError(f"Several packages provide merge method {name}: {origins}")
+    method = found[0].load()
+    if not isinstance(method, MergeMethod) or method.spec.name != name:
+        raise TypeError(f"Entry point {name} is not a merge method {name}: {origins}")
+    register(method)
+
+
+def registered_methods() -> Tuple[MergeMethod, ...]:
+''',
+        ),
+        edit(
+            "README.md",
+            "for custom methods and batching.\n",
+            """\
+for custom methods and batching.
+
+A package can provide a merge method for configs to name, without being imported first:
+
+```toml
+[project.entry-points."mergekit.merge_methods"]
+my_method = "my_package:my_method"
+```
+
+The entry point leads to what `register` takes, and has the method's name. Methods that
+are registered already come first, so built-in ones cannot be replaced.
+""",
+        ),
+        edit_docs(
+            "docs/create_a_merge_method.md",
+            "## Decorator API Implementation\n",
+            """\
+### Methods in Packages of Their Own
+
+An installed package can provide a method by an entry point with the method's name, in
+the group `mergekit.merge_methods`. It leads to what `register` takes.
+
+## Decorator API Implementation
+""",
+        ),
+    ],
+)
+
+EXACT = Proposal(
+    4,
+    [
+        edit(
+            _NUSLERP,
+            "import torch\n",
+            "import math\n"
+            "from typing import Optional, Sequence, Tuple\n"
+            "\n"
+            "import torch\n",
+        ),
+        edit(
+            _NUSLERP,
+            "from mergekit.merge_methods.easy_define import merge_method\n",
+            "from mergekit.merge_methods.easy_define import merge_method\n"
+            "from mergekit.merge_methods.spherical import mean_coefficients, "
+            "normalize_weights\n"
+            "from mergekit.merge_methods.vectors import merge_vectors\n",
+        ),
+        replace(
+            _NUSLERP,
+            "nuslerp",
+            '''\
+def vector_view(
+    shape: Sequence[int], flatten: bool, row_wise: bool
+) -> Tuple[int, int, int, int]:
+    """Sizes (outer, length, inner, width) of the view that `merge_vectors` takes."""
+    *leading, width = shape or (1,)
+    if flatten or not leading:
+        return 1, math.prod(leading), 1, width
+    if row_wise:
+        return 1, shape[0], math.prod(shape[1:]), 1
+    return math.prod(leading), 1, 1, width
+
+
+def nuslerp(
+    tensors: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    base: Optional[torch.Tensor] = None,
+    *,
+    flatten: bool = True,
+    row_wise: bool = False,
+) -> torch.Tensor:
+    """SLERP of two tensors, or of their differences from a base.
+
+    Weights are relative, and equal where they sum to almost zero. Opposite vectors,
+    which have no unique mean, are interpolated linearly.
+    """
+    shares = normalize_weights(torch.tensor([weights], dtype=torch.float64))
+
+    def solve(grams, tolerance):
+        given = shares.to(grams.device, grams.dtype).repeat(len(grams), 1, 1)
+        return mean_coefficients(grams, given, antipodal_tolerance=tolerance)
+
+    sizes = vector_view(tensors[0].shape, flatten, row_wise)
+    return merge_vectors(tensors, base, sizes, solve)
+''',
+        ),
+        body(
+            _NUSLERP,
+            "nuslerp_merge_method",
+            """\
+    if not group.tensors[0].is_floating_point():
+        raise TypeError("NuSLERP requires floating-point tensors")
+    entries = group.non_base
+    return nuslerp(
+        [entry.tensor for entry in entries],
+        weight.values_for(entries),
+        base=group.base.tensor if group.base else None,
+        flatten=nuslerp_flatten,
+        row_wise=nuslerp_row_wise,
+    )
+""",
+        ),
+    ],
+)
+
+MANY = Proposal(
+    5,
+    [
+        edit(
+            _SPHERICAL,
+            "import math\n\nimport torch\n",
+            "import math\nfrom contextlib import suppress\n\n"
+            "import numpy as np\nimport torch\n",
+        ),
+        edit(
+            _SPHERICAL,
+            "\n\ndef normalize_weights(",
+            "# take geometry: _MAX_STEPS\n\n\ndef normalize_weights(",
+        ),
+        edit(
+            _SPHERICAL,
+            '''\
+    """Coefficients of two vectors in their SLERP, linear where they are antipodal.
+
+    A zero vector counts as orthogonal to the other one.
+''',
+            '''\
+    """Coefficients of vectors in their mean, linear where there is no unique one.
+
+    A zero vector counts as orthogonal to the others.
+''',
+            within="mean_coefficients",
+        ),
+        edit(
+            _SPHERICAL,
+            """\
+    return _slerp(cosine, weights, bound)
+""",
+            """\
+    if gram.shape[-1] == 2:
+        return _slerp(cosine, weights, bound)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    cosines = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
+    cosines = cosines / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
+    directions, unique = karcher_coefficients(cosines, weights, bound)
+    return torch.where(unique.unsqueeze(-1), directions, weights), unique
+""",
+            within="mean_coefficients",
+        ),
+        append(
+            _SPHERICAL,
+            "# take geometry: karcher_coefficients, _LogMaps, _product\n",
+        ),
+        edit(
+            _NUSLERP,
+            '''\
+    """SLERP of two tensors, or of their differences from a base.
+
+    Weights are relative, and equal where they sum to almost zero. Opposite vectors,
+    which have no unique mean, are interpolated linearly.
+''',
+            '''\
+    """Spherical mean of tensors, or of their differences from a base.
+
+    Two are interpolated along a great circle, more are merged into their Karcher mean.
+    Weights are relative, and equal where they sum to almost zero. Vectors without a
+    unique mean, such as opposite ones, are merged linearly.
+''',
+            within="nuslerp",
+        ),
+        edit(
+            _NUSLERP,
+            "\n    def solve(",
+            """\
+    if len(tensors) > 2 and (shares < 0).any():
+        raise ValueError(f"Weights of more than two inputs are negative: {weights}")
+
+    def solve(""",
+            within="nuslerp",
+        ),
+        edit(
+            _NUSLERP,
+            "        min_non_base=2,\n        max_non_base=2,\n",
+            "        min_non_base=2,\n",
+        ),
+        edit(
+            _KARCHER,
+            "from mergekit.merge_methods.easy_define import merge_method\n",
+            """\
+from mergekit.merge_methods.easy_define import merge_method
+from mergekit.merge_methods.spherical import (
+    antipodal_bound,
+    karcher_coefficients,
+    normalize_weights,
+)
+from mergekit.merge_methods.vectors import merge_vectors
+""",
+        ),
+        replace(
+            _KARCHER,
+            "karcher_merge_tensors",
+            '''\
+def karcher_merge_tensors(tensors, alphas, tol=1e-5):
+    """Compute a weighted Karcher mean on the unit hypersphere."""
+    alphas = torch.tensor(alphas, dtype=torch.float64)
+
+    def solve(gram, antipodal_tolerance):
+        weights = alphas.to(gram.device, gram.dtype).expand(gram.shape[:-1])
+        identity = torch.eye(len(tensors), dtype=gram.dtype, device=gram.device)
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        # Inputs shorter than tol have no direction, and no share in the mean.
+        short = squares <= tol**2
+        norms = torch.where(short, 1, squares).sqrt()
+        cosines = torch.where(short.unsqueeze(-1) | short.unsqueeze(-2), identity, gram)
+        cosines = cosines / norms.unsqueeze(-1) / norms.unsqueeze(-2)
+        shares = normalize_weights(torch.where(short, 0, weights))
+        bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
+        directions, unique = karcher_coefficients(cosines, shares, bound)
+        # Without a unique mean, take the direction of the weighted sum or, where
+        # inputs cancel, that of the first one.
+        square = (shares.unsqueeze(-1) * cosines * shares.unsqueeze(-2)).sum((-2, -1))
+        cancel = (square <= tol**2).unsqueeze(-1)
+        linear = shares / torch.where(cancel, 1, square.unsqueeze(-1)).sqrt()
+        linear = torch.where(cancel, identity[(~short).int().argmax(-1)], linear)
+        directions = torch.where(unique.unsqueeze(-1), directions, linear)
+        directions = torch.where(short, 0, directions)
+        scale = (weights * torch.where(short, 0, norms)).sum(-1, keepdim=True)
+        return scale * directions / norms, unique
+
+    return merge_vectors(tensors, None, (1, 1, 1, tensors[0].numel()), solve)
+''',
+        ),
+        edit(
+            _KARCHER,
+            "    max_iter: int = 10,\n",
+            "    # Newton's method needs no bound. Configs may have this one.\n"
+            "    max_iter: int = 10,\n",
+            within="karcher_merge_method",
+        ),
+        edit(
+            _KARCHER,
+            "alphas, max_iter=max_iter, tol=tol)",
+            "alphas, tol=tol)",
+            within="karcher_merge_method",
+        ),
+        edit_docs(
+            _GUIDE,
+            "**Inputs:** Requires exactly 2 models. A `base_model` can optionally be "
+            "provided (it must be distinct from the two main models).",
+            "**Inputs:** Requires 2 or more models; more than 2 are merged into their "
+            "weighted Karcher mean. A `base_model` can optionally be provided (it must "
+            "be distinct from the main models).",
+        ),
+    ],
+)
+
+_RESOLVER = "mergekit/parameter_resolver.py"
+_PLAN = "mergekit/plan.py"
+
+ERRORS = Proposal(
+    6,
+    [
+        edit(
+            _RESOLVER,
+            "from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple\n",
+            "from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, "
+            "Tuple\n\nfrom pydantic import ValidationError\n",
+        ),
+        edit(
+            _RESOLVER,
+            """\
+            value = evaluate_setting(
+                tensor_name, scope[parameter.name], t, validate=parameter.validate
+            )
+            if value is not None:
+                return value
+    if parameter.required:
+        location = f"{model}.{tensor_name}" if model is not None else tensor_name
+""",
+            """\
+            try:
+                value = evaluate_setting(
+                    tensor_name, scope[parameter.name], t, validate=parameter.validate
+                )
+            except ValidationError as error:
+                reason = error.errors()[0]
+                raise ValueError(
+                    f"Invalid value {reason['input']!r} of parameter {parameter.name} "
+                    f"for {location}: {reason['msg']}"
+                ) from error
+            if value is not None:
+                return value
+    if parameter.required:
+""",
+            within="resolve_parameter",
+        ),
+        edit(
+            _RESOLVER,
+            "    for scope in settings:\n",
+            '    location = f"{model}.{tensor_name}" if model is not None else '
+            "tensor_name\n"
+            "    for scope in settings:\n",
+            within="resolve_parameter",
+        ),
+        append(
+            _RESOLVER,
+            '''\
+def unread_parameters(
+    spec: MergeMethodSpec,
+    shared: Iterable[Settings],
+    per_input: Iterable[Tuple[ModelReference, Settings]],
+) -> List[str]:
+    """Describe configured parameters that the merge method does not read."""
+    inputs = {p.name for p in spec.input_parameters}
+    known = inputs | {p.name for p in spec.shared_parameters}
+    found = [name for settings in shared for name in set(settings or ()) - known]
+    for model, settings in per_input:
+        found += [f"{name} of model {model}" for name in set(settings or ()) - inputs]
+    return sorted(set(found))
+''',
+        ),
+        edit(
+            _PLAN,
+            "from mergekit.parameter_resolver import resolve_parameters\n",
+            "from mergekit.parameter_resolver import resolve_parameters, "
+            "unread_parameters\n",
+        ),
+        edit(
+            _PLAN,
+            "        self.normalize_config()\n",
+            "        self.normalize_config()\n        self._warn_unread_parameters()\n",
+            within="MergePlanner._plan",
+        ),
+        edit(
+            _PLAN,
+            "    def plan_tensor(\n",
+            '''\
+    def _warn_unread_parameters(self):
+        """Name settings without effect, such as misspelt ones."""
+        modules = self.config.modules.values()
+        slices = [out_slice for module in modules for out_slice in module.slices]
+        for name in unread_parameters(
+            self._method.spec,
+            [part.parameters for part in (self.config, *modules, *slices)],
+            [(source.model, source.parameters) for s in slices for source in s.sources],
+        ):
+            logging.warning(
+                f"Merge method {self._method.spec.name} does not read parameter {name}"
+            )
+
+    def plan_tensor(
+''',
+        ),
+    ],
+)
+
+GRANULARITY = Proposal(
+    7,
+    [
+        edit(
+            _NUSLERP,
+            "import torch\n",
+            "import torch\n"
+            "from pydantic import Field\n"
+            "from typing_extensions import Annotated\n",
+        ),
+        edit(
+            _NUSLERP,
+            "\n\ndef vector_view(",
+            """
+Granularity = Annotated[
+    str, Field(pattern=r"^(tensor|matrix|(row|column)(:[1-9][0-9]*)?)$")
+]
+
+
+def vector_view(""",
+        ),
+        replace(
+            _NUSLERP,
+            "vector_view",
+            '''\
+def vector_view(shape: Sequence[int], granularity: str) -> Tuple[int, int, int, int]:
+    """Sizes (outer, length, inner, width) of the view that `merge_vectors` takes.
+
+    A vector is the whole tensor, each matrix (the last two dimensions), each row or
+    column of one, N neighbours of these for "row:N" and "column:N", or each run along
+    the first dimension for "dim0". Tensors of fewer than two dimensions are one vector.
+    """
+    kind, _, block = granularity.partition(":")
+    *leading, rows, columns = (1, 1, *shape)
+    matrices = math.prod(leading)
+    if kind == "tensor" or len(shape) < 2:
+        return 1, matrices * rows, 1, columns
+    if kind == "dim0":
+        return 1, shape[0], math.prod(shape[1:]), 1
+    if kind == "matrix":
+        return matrices, rows, 1, columns
+    size, count = (rows if kind == "row" else columns), int(block or 1)
+    if size % count:
+        raise ValueError(f"{granularity} does not divide {size} {kind}s equally")
+    if kind == "row":
+        return matrices * (rows // count), count, 1, columns
+    return matrices, rows, columns // count, count
+''',
+        ),
+        edit(
+            _NUSLERP,
+            "    flatten: bool = True,\n    row_wise: bool = False,\n",
+            '    granularity: str = "tensor",\n',
+            within="nuslerp",
+        ),
+        edit(
+            _NUSLERP,
+            "vector_view(tensors[0].shape, flatten, row_wise)",
+            "vector_view(tensors[0].shape, granularity)",
+            within="nuslerp",
+        ),
+        edit(
+            _NUSLERP,
+            "    nuslerp_flatten: bool = True,\n",
+            "    nuslerp_flatten: bool = True,\n"
+            "    # Comes before both flags.\n"
+            "    nuslerp_granularity: Optional[Granularity] = None,\n",
+            within="nuslerp_merge_method",
+        ),
+        edit(
+            _NUSLERP,
+            "        flatten=nuslerp_flatten,\n        row_wise=nuslerp_row_wise,\n",
+            "        granularity=nuslerp_granularity or flags,\n",
+            within="nuslerp_merge_method",
+        ),
+        edit(
+            _NUSLERP,
+            "    entries = group.non_base\n",
+            """\
+    flags = "dim0" if nuslerp_row_wise else "row"
+    if nuslerp_flatten:
+        flags = "tensor"
+    entries = group.non_base
+""",
+            within="nuslerp_merge_method",
+        ),
+        edit_docs(
+            _GUIDE,
+            "- `nuslerp_flatten` (global)",
+            "- `nuslerp_granularity` (global): What forms one vector on the sphere: "
+            "`tensor`, `matrix`, `row`, `column`, or `row:N` and `column:N` for N of "
+            "them. Comes before the two flags below. Not set by default\n"
+            "- `nuslerp_flatten` (global)",
+        ),
+    ],
+)
+
+_EASY = f"{_METHODS}easy_define.py"
+
+MAGNITUDE = Proposal(
+    8,
+    [
+        edit(_EASY, "import inspect\n", "import inspect\nimport keyword\n"),
+        edit(
+            _EASY,
+            "def _parameter_spec(\n",
+            '''\
+def _parameter_name(argument: str) -> str:
+    """The name of a parameter: its argument's, but `lambda` for `lambda_`."""
+    return argument[:-1] if keyword.iskeyword(argument[:-1]) else argument
+
+
+def _parameter_spec(
+''',
+        ),
+        edit(
+            _EASY,
+            "        name=argument.name,\n",
+            "        name=_parameter_name(argument.name),\n",
+            within="_parameter_spec",
+        ),
+        edit(
+            _EASY,
+            "    wrapper = BatchedMergeMethod if batched else FunctionalGroupMergeMethod\n"
+            "    return wrapper(spec, func)\n",
+            """\
+    names = {_parameter_name(arg.name): arg.name for arg in arguments[1:]}
+    kernel = func
+    if any(name != argument for name, argument in names.items()):
+
+        def kernel(inputs, /, **parameters):
+            return func(inputs, **{names[name]: x for name, x in parameters.items()})
+
+    wrapper = BatchedMergeMethod if batched else FunctionalGroupMergeMethod
+    return wrapper(spec, kernel)
+""",
+            within="_method_from_function",
+        ),
+        edit(
+            _SPHERICAL,
+            "import torch\n",
+            "import torch\nfrom typing_extensions import Literal\n",
+        ),
+        edit(
+            _SPHERICAL,
+            "\n\ndef normalize_weights(",
+            "# take geometry: Magnitude\n\n\ndef normalize_weights(",
+        ),
+        replace(
+            _SPHERICAL,
+            "mean_coefficients",
+            "# take geometry: mean_coefficients, _resize\n",
+        ),
+        edit(
+            _NUSLERP,
+            "spherical import mean_coefficients, normalize_weights\n",
+            "spherical import (\n"
+            "    Magnitude,\n"
+            "    mean_coefficients,\n"
+            "    normalize_weights,\n"
+            ")\n",
+        ),
+        edit(
+            _NUSLERP,
+            '    granularity: str = "tensor",\n',
+            '    granularity: str = "tensor",\n'
+            '    magnitude: Magnitude = "slerp",\n'
+            "    lambda_: float = 1.0,\n",
+            within="nuslerp",
+        ),
+        edit(
+            _NUSLERP,
+            "    shares = normalize_weights(",
+            """\
+    if base is None and lambda_ != 1:
+        raise ValueError("lambda scales task vectors, and needs a base")
+    shares = normalize_weights(""",
+            within="nuslerp",
+        ),
+        edit(
+            _NUSLERP,
+            "        return mean_coefficients(grams, given, antipodal_tolerance=tolerance)"
+            "\n",
+            """\
+        coefficients, unique = mean_coefficients(
+            grams, given, magnitude=magnitude, antipodal_tolerance=tolerance
+        )
+        return lambda_ * coefficients, unique
+""",
+            within="nuslerp",
+        ),
+        edit(
+            _NUSLERP,
+            "    nuslerp_granularity: Optional[Granularity] = None,\n",
+            "    nuslerp_granularity: Optional[Granularity] = None,\n"
+            "    # The length of the result: SLERP's formula, or a mean of the lengths.\n"
+            '    nuslerp_magnitude: Magnitude = "slerp",\n'
+            "    lambda_: float = 1.0,\n",
+            within="nuslerp_merge_method",
+        ),
+        edit(
+            _NUSLERP,
+            "        granularity=nuslerp_granularity or flags,\n",
+            "        granularity=nuslerp_granularity or flags,\n"
+            "        magnitude=nuslerp_magnitude,\n"
+            "        lambda_=lambda_,\n",
+            within="nuslerp_merge_method",
+        ),
+        edit_docs(
+            _GUIDE,
+            "- `nuslerp_flatten` (global)",
+            "- `nuslerp_magnitude` (global): Length of the result: `slerp` for its "
+            "formula, `linear` or `geometric` for that mean of the lengths. Default "
+            "`slerp`\n"
+            "- `lambda` (global): Scales the merged task vector. Needs a `base_model`. "
+            "Default 1.0\n"
+            "- `nuslerp_flatten` (global)",
+        ),
+    ],
+)
+
+PROPOSALS = [
+    ROW_WISE,
+    LAST_SLICE,
+    ENTRY_POINTS,
+    EXACT,
+    MANY,
+    ERRORS,
+    GRANULARITY,
+    MAGNITUDE,
+]
