@@ -239,9 +239,10 @@ class _LogMaps:
         with torch.no_grad():
             # Far from the mean the Hessian may not be positive: keep to descent.
             smallest = torch.maximum(self.smallest, 0.1 * self.length().unsqueeze(-1))
-            curvature = (self.weights * self.slope).unsqueeze(-1) * self.cosines
-            along = _product(curvature.mT, self.x).unsqueeze(-2)
-            hessian = curvature - self.mean.unsqueeze(-1) * along
+            curvature = self.weights * self.slope
+            along = _product(self.cosines, curvature * self.x).unsqueeze(-2)
+            hessian = curvature.unsqueeze(-1) * self.cosines
+            hessian -= self.mean.unsqueeze(-1) * along
             hessian.diagonal(dim1=-2, dim2=-1).add_(smallest)
         if self.total.device.type == "cpu" and not self.total.requires_grad:
             # PyTorch's waits for threads, which takes long where a machine is busy.

@@ -1,18 +1,15 @@
 // Copyright (C) 2026 The mergekit-nuslerp authors
 // SPDX-License-Identifier: LGPL-3.0-only
 
-// Gram matrices and combinations of vectors in contiguous memory. native.py calls the
-// two functions at the end. C++17 for GCC or Clang, and nothing but its library.
-//
-// Weights are read in tiles that fit the first cache, in a working type. Sums of float
-// over a tile are added up in double. A job is cut into the same blocks, whose sums are
-// added in the same order, whatever the number of threads: so results are the same.
+// Gram matrices and combinations of contiguous vectors, for native.py. C++17
+// for GCC or Clang. Weights are read in tiles that fit the first cache, in a working
+// type. Sums of float over a tile are added up in double. A job is cut into the same
+// blocks, whose sums are added in the same order, whatever the number of threads.
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <new>
-#include <numeric>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -117,8 +114,8 @@ struct Job : Sizes {
     Index room = TILE_BYTES / (in_double ? 8 : 4) / (models + 1) / rows;
     tile = std::clamp<Index>(room / 64 * 64, 64, WIDTH);
     if (along) {
-      last = length * width, length = ceil(last, tile);
-      width = length_stride = tile, last -= (length - 1) * tile;
+      last = length * width, length = ceil(last, tile), width = length_stride = tile;
+      last -= (length - 1) * tile;
     }
     outer_step = along ? std::max<Index>(1, BLOCK / (length * tile)) : 1;
     inner_step = std::max<Index>(1, tile / width);
@@ -200,8 +197,11 @@ INLINE void gram(Job& job, const Block& block, double* sums) {
       Index vector = (block.part * job.outer + o) * job.inner + block.inner + v;
       double *to = job.grams + vector * N * N, *from = sums + v * each;
       for (Index i = 0; i < N; i++)
-        for (Index j = i; j < N; j++, from += columns)
-          to[i * N + j] = to[j * N + i] = std::accumulate(from, from + each, 0.0);
+        for (Index j = i; j < N; j++, from += columns) {
+          double s[4] = {};  // side by side, as each addition waits for the one before
+          for (Index n = 0; n < each; n++) s[n % 4] += from[n];
+          to[i * N + j] = to[j * N + i] = (s[0] + s[1]) + (s[2] + s[3]);
+        }
     }
   }
 }
@@ -210,7 +210,7 @@ template <class S, class W>
 INLINE void combine(Job& job, const Block& block, double* scratch) {
   W* factors = reinterpret_cast<W*>(scratch);
   W* tile = factors + job.models * job.tile;
-  Index each = job.along ? job.count(block, block.start) : block.width;
+  Index along = job.along, each = along ? 1 : block.width;
   for (Index o = block.outer; o < block.outer_stop; o++) {
     const double* c = job.coefficients + (o * job.inner + block.inner) * job.models;
     for (Index v = 0; v < block.inners; v++)
@@ -222,7 +222,7 @@ INLINE void combine(Job& job, const Block& block, double* scratch) {
       for (Index m = 0; m < job.models; m++) {
         const W* __restrict vector = tile + m * job.tile;
         const W* __restrict factor = factors + m * job.tile;
-        for (Index k = 0; k < count; k++) total[k] += factor[k] * vector[k];
+        for (Index k = 0; k < count; k++) total[k] += factor[along ? 0 : k] * vector[k];
       }
       S* __restrict to = static_cast<S*>(job.result) + job.offset(block, o, r);
       Bits infinite = 0;
