@@ -370,5 +370,16 @@ def test_refused_in_a_process_of_its_own(text, linked):
     assert not (linked / "out").exists()
 
 
+def test_the_pointer_of_a_file_that_git_keeps_elsewhere(linked):
+    path = next(linked.glob("kd/*.safetensors"))
+    path.unlink()
+    path.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n", "utf-8")
+    (linked / "config.yaml").write_text(listing("./sft", "./kd", base=""), "utf-8")
+    done = run_here(mergekit_yaml, "config.yaml", "out", cwd=linked)
+    assert done.exit_code == 1
+    names = str(path.relative_to(linked)), "not a safetensors file", "git lfs pull"
+    assert_in_order(done.stderr.splitlines()[-1], *names)
+
+
 def test_there_are_enough_of_them():
     assert len(REFUSED) >= 120

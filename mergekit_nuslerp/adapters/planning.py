@@ -632,9 +632,20 @@ def _header(path: str) -> Mapping[str, tuple[str, tuple[int, ...]]]:
     return _header_of(path, os.stat(path).st_mtime_ns)
 
 
+# Bytes; what safetensors itself accepts.
+_LARGEST_HEADER = 100_000_000
+
+
 @lru_cache(maxsize=256)
 def _header_of(path: str, _modified: int) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, _LARGEST_HEADER)))
+        header.pop("__metadata__", None)
+        return {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise ConfigError(
+            f"nuslerp: {path} is not a safetensors file. If it is the pointer of a "
+            "file that Git keeps elsewhere, fetch that by `git lfs pull`."
+        ) from None
