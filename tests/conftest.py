@@ -17,6 +17,11 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("MERGEKIT_NUSLERP", None)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As tests run side by side, several threads for each would wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 from support import LAYERS, Demo
 
 # Other numbers, to look for tests that only some of them pass.

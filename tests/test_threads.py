@@ -202,9 +202,10 @@ import os, signal, sys, threading, time, torch
 from mergekit_nuslerp import nuslerp
 a = torch.ones(2**27, dtype=torch.bfloat16)
 before = torch.get_num_threads()
-start = time.monotonic()
-nuslerp([a] * 8, [1] * 8)
-whole = time.monotonic() - start
+for _ in range(2):  # the first finds its memory
+    start = time.monotonic()
+    nuslerp([a] * 8, [1] * 8)
+    whole = time.monotonic() - start
 threading.Timer(whole / 10, os.kill, (os.getpid(), signal.SIGINT)).start()
 start = time.monotonic()
 try:
