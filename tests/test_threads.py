@@ -200,6 +200,7 @@ def test_a_forked_child_merges():
 INTERRUPTED = """
 import os, signal, sys, threading, time, torch
 from mergekit_nuslerp import nuslerp
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may ignore it
 a = torch.ones(2**27, dtype=torch.bfloat16)
 before = torch.get_num_threads()
 for _ in range(2):  # the first finds its memory
