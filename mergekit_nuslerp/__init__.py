@@ -139,7 +139,10 @@ def _refuse(error: Exception, registry: Any, plan: Any) -> None:
 
 def _check_own(config: Any) -> None:
     """Refuse what mergekit's own `nuslerp` would ignore, so write another model."""
-    for name in ("lambda", "nuslerp_granularity", "nuslerp_magnitude"):
+    own = sys.modules["mergekit.merge_methods"].get("nuslerp")
+    listed = own.spec.parameters if hasattr(own, "spec") else own.parameters()
+    names = {"lambda", "nuslerp_granularity", "nuslerp_magnitude"}
+    for name in sorted(names - {parameter.name for parameter in listed}):
         if repr(name) in repr(config):
             raise RuntimeError(
                 f"mergekit's own nuslerp, which {SWITCH}={os.environ[SWITCH]} asks "
