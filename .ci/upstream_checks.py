@@ -89,12 +89,8 @@ def examples() -> None:
     from mergekit_nuslerp.checkpoints import write_checkpoints
 
     with tempfile.TemporaryDirectory() as folder:
-        tiny, wide = Path(folder, "tiny"), Path(folder, "wide")
-        sizes = {"hidden_size": 32, "vocabulary": 272}
-        write_checkpoints(tiny, fine_tunes=MODELS[1:], layers=4, **sizes)
-        cards = [f"medalpaca-{name}" for name in ("7b", "sft", "kd")]
-        write_checkpoints(tiny, base=cards[0], fine_tunes=cards[1:], layers=32, **sizes)
-        write_checkpoints(wide, layers=1, hidden_size=512, vocabulary=272)
+        sizes = {"layers": 32, "hidden_size": 128, "head_size": 128}  # as in the demo
+        write_checkpoints(Path(folder, "models"), fine_tunes=MODELS[1:], **sizes)
         for switch in ("0", "portable"):
             environment = {**os.environ, "MERGEKIT_NUSLERP": switch}
             environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = str(int(switch != "0"))
@@ -124,9 +120,8 @@ def merge_examples(folder: str, switch: str) -> None:
     configs = sorted((ROOT / "example_configs").glob("*.yaml"))
     assert configs
     for path in configs:
-        models = "wide" if path.name == "heads_and_neurons.yaml" else "tiny"
         out = Path(folder, switch, path.stem)
-        merge_here(path.read_text("utf-8"), out, cwd=Path(folder, models))
+        merge_here(path.read_text("utf-8"), out, cwd=Path(folder, "models"))
 
 
 ENTRY_POINT = """
