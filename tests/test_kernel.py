@@ -905,6 +905,17 @@ def test_gram_matrices_refuse_what_a_merge_refuses():
         gram_matrices([tensors[0].int()])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@two_or_three
+def test_narrow_vectors_that_are_all_but_opposite(dtype, count):
+    """Of which sums in float32 could not tell how far from opposite they are."""
+    tensors = [normal(4096, seed=seed).to(dtype) for seed in range(count)]
+    tensors[1] = (-1.37 * tensors[0].double()).to(dtype)  # but for its rounding
+    wide = nuslerp([tensor.double() for tensor in tensors], WEIGHTS[count])
+    merged = nuslerp(tensors, WEIGHTS[count])
+    assert (merged == wide.to(dtype)).double().mean() > 0.999
+
+
 # --- settings of PyTorch that must not matter ------------------------------------
 
 
