@@ -13,25 +13,20 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-VERSION = "0.1.5"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from upstream.build import VERSION, fetch
 
 
-def fetch(folder: Path) -> Path:
+def fetch_tests(folder: Path) -> Path:
     """mergekit's tests, from its source distribution, with `tests.common` added."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    source = f"mergekit=={VERSION}"
-    subprocess.run(
-        [*pip, "--no-binary=mergekit", "--dest", str(folder), source], check=True
-    )
-    with tarfile.open(folder / f"mergekit-{VERSION}.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+    tree = fetch(folder)
     # Apart from mergekit's sources, so that the installed mergekit is what is tested.
-    tests = shutil.move(folder / f"mergekit-{VERSION}" / "tests", folder / "tests")
+    tests = shutil.move(tree / "tests", folder / "tests")
     shutil.copy(Path(__file__).with_name("mergekit_common.py"), tests / "common.py")
     (tests / "__init__.py").touch()
     return folder
@@ -56,6 +51,11 @@ def run(folder: Path, *, plugin: bool) -> dict[str, str]:
         env=environment,
         check=False,
     )
+    return read_report(report)
+
+
+def read_report(report: Path) -> dict[str, str]:
+    """The outcome of every test, from pytest's XML."""
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         bad = case.find("failure") is not None or case.find("error") is not None
@@ -67,7 +67,7 @@ def run(folder: Path, *, plugin: bool) -> dict[str, str]:
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
-        folder = fetch(Path(directory))
+        folder = fetch_tests(Path(directory))
         without, with_plugin = run(folder, plugin=False), run(folder, plugin=True)
     for label, outcomes in (("without", without), ("with", with_plugin)):
         counts = {

@@ -16,7 +16,6 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ("base", "sft", "kd", "dpo")
 
 
 def same_bytes() -> None:
@@ -86,11 +85,11 @@ def same_bytes() -> None:
 
 def examples() -> None:
     """Every example without the plugin is what it is with the plugin."""
-    from mergekit_nuslerp.checkpoints import write_checkpoints
+    from mergekit_nuslerp.demo import write_models
 
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {"layers": 32, "hidden_size": 128, "head_size": 128}  # as in the demo
-        write_checkpoints(Path(folder, "models"), fine_tunes=MODELS[1:], **sizes)
+        Path(folder, "models").mkdir()
+        write_models(Path(folder, "models"))
         for switch in ("0", "portable"):
             environment = {**os.environ, "MERGEKIT_NUSLERP": switch}
             environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = str(int(switch != "0"))

@@ -17,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from mergekit_suite import read_report  # noqa: E402
 
 from upstream.build import fetch, git, start  # noqa: E402
 from upstream.proposals import PROPOSALS  # noqa: E402
@@ -52,13 +53,7 @@ def outcomes(tree: Path) -> dict[str, str]:
     pytest = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     spread = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
     python(tree, *pytest, *spread, f"--junit-xml={report}", "tests", **PLAIN)
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        bad = case.find("failure") is not None or case.find("error") is not None
-        skipped = case.find("skipped") is not None
-        name = f"{case.get('classname')}::{case.get('name')}"
-        found[name] = "failed" if bad else "skipped" if skipped else "passed"
-    return found
+    return read_report(report)
 
 
 def check(tree: Path, number: int, before: dict[str, str]) -> tuple[dict, list[str]]:

@@ -19,10 +19,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_nuslerp import __version__
 from mergekit_nuslerp.checkpoints import write_checkpoints
@@ -34,7 +33,8 @@ BASE = "base"
 FINE_TUNES = ("sft", "kd")
 # Some examples merge a third one, which went further from the base.
 _THIRD, _FURTHER = "dpo", 0.06
-LAYERS, _HIDDEN_SIZE, _HEAD_SIZE = 32, 128, 128
+LAYERS = 32
+_SIZES: dict[str, Any] = {"layers": LAYERS, "hidden_size": 128, "head_size": 128}
 
 # The config on the model card of MedSwin/MedSwin-Merged-NuSLERP-KD-0.7, with paths
 # in place of the models' names.
@@ -90,6 +90,21 @@ def run(out: Path) -> int:
     return 0
 
 
+def write_models(root: Path, **sizes: Any) -> list[Path]:
+    """Write the models that all examples merge into a folder, the third one last.
+
+    Args:
+        sizes: as `write_checkpoints` takes them, in place of the demo's.
+    """
+    given = {"base": BASE, **(sizes or _SIZES)}
+    folders = write_checkpoints(root, fine_tunes=FINE_TUNES, **given)
+    with TemporaryDirectory(dir=root) as aside:
+        *_, third = write_checkpoints(
+            Path(aside), fine_tunes=[_THIRD], change=_FURTHER, **given
+        )
+        return [*folders, third.rename(root / _THIRD)]
+
+
 def _demo(out: Path) -> None:
     if importlib.util.find_spec("mergekit") is None:
         raise _Failure("mergekit is not installed here; pip install mergekit")
@@ -97,18 +112,7 @@ def _demo(out: Path) -> None:
     config, merged = root / "config.yaml", root / "merged"
 
     _say(f"Writing four small Llama checkpoints to {out} ...")
-    write = partial(
-        write_checkpoints,
-        base=BASE,
-        layers=LAYERS,
-        hidden_size=_HIDDEN_SIZE,
-        head_size=_HEAD_SIZE,
-    )
-    folders = write(root, fine_tunes=FINE_TUNES)
-    with TemporaryDirectory(dir=root) as aside:
-        *_, third = write(Path(aside), fine_tunes=[_THIRD], change=_FURTHER)
-        third.rename(root / _THIRD)
-    base, sft, kd = (_yaml_path(folder) for folder in folders)
+    base, sft, kd, _ = map(_yaml_path, write_models(root))
     config.write_text(CONFIG.format(base=base, sft=sft, kd=kd), encoding="utf-8")
     _say(f"  {BASE}: the base, {LAYERS} layers, bfloat16, random weights")
     for name in (*FINE_TUNES, _THIRD):

@@ -39,21 +39,10 @@ def same_numbers_in_any_order(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models `base`, `sft`, `kd`, `dpo`. Not to be written to."""
-    from mergekit_nuslerp.checkpoints import write_checkpoints
+    from mergekit_nuslerp.demo import write_models
 
     folder = tmp_path_factory.mktemp("checkpoints")
-    write_checkpoints(folder, layers=LAYERS, hidden_size=32, vocabulary=272)
-    # One that went further from the base than the others.
-    far = tmp_path_factory.mktemp("far")
-    write_checkpoints(
-        far,
-        fine_tunes=["dpo"],
-        layers=LAYERS,
-        hidden_size=32,
-        vocabulary=272,
-        change=0.06,
-    )
-    (far / "dpo").rename(folder / "dpo")
+    write_models(folder, layers=LAYERS, hidden_size=32, vocabulary=272)
     return folder
 
 

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 import mergekit_nuslerp
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -131,6 +133,18 @@ def merge_here(config: str, out: Path, *, cwd: Path) -> None:
             config_source=config,
         )
     LoaderCache.loaders.clear()
+
+
+def write_t5(folder: Path, *names: str) -> None:
+    """Write small models of two modules, an encoder and a decoder."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1}
+    for name in names:
+        config = transformers.T5Config(
+            vocab_size=32, feed_forward_proj="gated-gelu", **shape
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+        model.save_pretrained(folder / name)
 
 
 def load_tensors(folder: Path):

@@ -19,7 +19,7 @@ from mergekit import merge_methods
 from mergekit.architecture import auto
 from mergekit.config import MergeConfiguration
 from safetensors.torch import save_file
-from support import CONFIG, LAYERS, load_tensors, merge_here
+from support import CONFIG, LAYERS, load_tensors, merge_here, write_t5
 
 from mergekit_nuslerp import parameters, plugin
 from mergekit_nuslerp.adapters import planning
@@ -144,14 +144,7 @@ def test_each_merge_says_what_it_has_to(config, merged):
 
 
 def test_modules_that_are_left_out(tmp_path, caplog):
-    transformers = pytest.importorskip("transformers")
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1}
-    for name in ("one", "other"):
-        settings = transformers.T5Config(
-            vocab_size=32, feed_forward_proj="gated-gelu", **shape
-        )
-        model = transformers.T5ForConditionalGeneration(settings)
-        model.save_pretrained(tmp_path / name)
+    write_t5(tmp_path, "one", "other")
     models = [
         {"model": f"./{name}", "parameters": {"weight": 1}} for name in ("one", "other")
     ]

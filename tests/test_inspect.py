@@ -38,6 +38,7 @@ from support import (
     merge_here,
     run_command,
     working_directory,
+    write_t5,
 )
 
 import mergekit_nuslerp.inspect.terminal
@@ -807,14 +808,7 @@ def test_weights_that_sum_to_zero_are_said(small: Path) -> None:
 
 
 def test_modules_that_a_config_leaves_out(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1}
-    for name in ("one", "other"):
-        config = transformers.T5Config(
-            vocab_size=32, feed_forward_proj="gated-gelu", **shape
-        )
-        model = transformers.T5ForConditionalGeneration(config)
-        model.save_pretrained(tmp_path / name)
+    write_t5(tmp_path, "one", "other")
     models = config_of({"one": 1, "other": 1}, None)["models"]
     merge = {"merge_method": "nuslerp", "modules": {"encoder": {"models": models}}}
     found, text = shown(merge, tmp_path)

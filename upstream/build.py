@@ -85,30 +85,22 @@ def edit_docs(path: str, old: str, new: str) -> Change:
     return change
 
 
+def replace(path: str, function: str, new: str, *, whole: bool = True) -> Change:
+    """Put other source in the place of a function, or of its body alone."""
+
+    def change(tree: Path) -> None:
+        source = (tree / path).read_text("utf-8")
+        lines = source.splitlines(keepends=True)
+        start, after_head, end = function_lines(source, function)
+        lines[start if whole else after_head : end] = [filled(new)]
+        (tree / path).write_text("".join(lines), "utf-8")
+
+    return change
+
+
 def body(path: str, function: str, new: str) -> Change:
     """Give a function another body."""
-
-    def change(tree: Path) -> None:
-        source = (tree / path).read_text("utf-8")
-        lines = source.splitlines(keepends=True)
-        _, start, end = function_lines(source, function)
-        lines[start:end] = [filled(new)]
-        (tree / path).write_text("".join(lines), "utf-8")
-
-    return change
-
-
-def replace(path: str, function: str, new: str) -> Change:
-    """Put other source in the place of a function."""
-
-    def change(tree: Path) -> None:
-        source = (tree / path).read_text("utf-8")
-        lines = source.splitlines(keepends=True)
-        start, _, end = function_lines(source, function)
-        lines[start:end] = [filled(new)]
-        (tree / path).write_text("".join(lines), "utf-8")
-
-    return change
+    return replace(path, function, new, whole=False)
 
 
 def append(path: str, new: str) -> Change:
