@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Literal
 
-import numpy as np
 import torch
 
 Magnitude = Literal["slerp", "linear", "geometric"]
@@ -80,28 +78,28 @@ def mean_coefficients(
     References:
         K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
     """
-    weights = weights.expand(gram.shape[:-1])
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    zero = squares == 0
-    # Each `where` here and below replaces what the formula cannot take *before* it is
-    # taken: selecting afterwards would still leave NaN in the derivative.
-    lengths = _sqrt(torch.where(zero, 1, squares))
-    pair = gram.shape[-1] == 2
-    if not pair or magnitude != "slerp":  # a pair's direction takes one, no matrices
-        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        cosines = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
-        cosines = cosines / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
+    # Models first, so that sums over them run along memory.
+    weights = weights.expand(gram.shape[:-1]).movedim(-1, 0)
+    gram = gram.movedim((-2, -1), (0, 1))
+    zero = gram.diagonal() == 0
+    unit = torch.diag_embed(zero.to(gram.dtype), dim1=0, dim2=1)
+    zero = zero.movedim(-1, 0)
+    # Replaced *before* the formulas are taken, here and below: selecting afterwards
+    # would still leave NaN in the derivative.
+    gram = gram.masked_fill(zero | zero.unsqueeze(1), 0) + unit
+    lengths = _sqrt(gram.diagonal().movedim(-1, 0))
+    cosines = gram / lengths / lengths.unsqueeze(1)
     bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
-    if pair:
-        cosine = gram[..., 0, 1] / lengths[..., 0] / lengths[..., 1]
-        cosine = torch.where(zero.any(-1), 0, cosine)
-        directions, unique = _slerp(cosine, weights, bound)
-    else:
-        directions, unique = karcher_coefficients(cosines, weights, bound)
+    mean = _slerp if len(gram) == 2 else karcher_coefficients
+    directions, unique = mean(cosines, weights, bound)
     if magnitude != "slerp":
-        lengths = torch.where(zero, 0, lengths)
-        directions = _resize(directions, cosines, lengths, weights, magnitude)
-    return torch.where(unique.unsqueeze(-1), directions, weights), unique
+        # Of a unit vector, zero vectors leave less than a unit vector.
+        kept = torch.where(zero, 0, directions)
+        square = (kept.unsqueeze(1) * cosines * kept).sum((0, 1))
+        shorter = zero.any(0) & (square > 0)
+        scale = _mean_length(lengths, zero, weights, magnitude)
+        directions = kept * scale / lengths / _sqrt(torch.where(shorter, square, 1))
+    return torch.where(unique, directions, weights).movedim(0, -1), unique
 
 
 def antipodal_bound(dtype: torch.dtype) -> float:
@@ -109,41 +107,30 @@ def antipodal_bound(dtype: torch.dtype) -> float:
     return _GRAM_ROUNDING * torch.finfo(dtype).eps
 
 
-def _resize(
-    directions: torch.Tensor,
-    cosines: torch.Tensor,
-    lengths: torch.Tensor,
-    weights: torch.Tensor,
-    magnitude: Magnitude,
+def _mean_length(
+    lengths: torch.Tensor, zero: torch.Tensor, weights: torch.Tensor, magnitude: str
 ) -> torch.Tensor:
-    """Coefficients of the v_i for a mean of a chosen length, from those of the u_i."""
-    zero = lengths == 0
-    nonzero = torch.where(zero, 1, lengths)
+    """The length a mean is to have; `lengths` are 1 where vectors are `zero`."""
     if magnitude == "linear":
-        length = (weights * lengths).sum(-1, keepdim=True).clamp(min=0)
-    else:
-        length = (nonzero**weights).prod(-1, keepdim=True)
-        length = torch.where((zero & (weights != 0)).any(-1, keepdim=True), 0, length)
-    # Of a unit vector, zero vectors leave less than a unit vector.
-    kept = torch.where(zero, 0, directions)
-    square = (kept.unsqueeze(-1) * cosines * kept.unsqueeze(-2)).sum((-2, -1))
-    shortened = zero.any(-1) & (square > 0)
-    return kept * length / nonzero / _sqrt(torch.where(shortened, square, 1))[..., None]
+        return (weights * torch.where(zero, 0, lengths)).sum(0).clamp(min=0)
+    vanishes = (zero & (weights != 0)).any(0)
+    return torch.where(vanishes, 0, (lengths**weights).prod(0))
 
 
 def _slerp(
-    cosine: torch.Tensor, weights: torch.Tensor, bound: float
+    cosines: torch.Tensor, weights: torch.Tensor, bound: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two unit vectors: c_i = sin(w_i theta) / sin(theta), theta in radians."""
+    cosine = cosines[0, 1]
     opposite = cosine <= bound - 1
     linear = (cosine >= 1) | opposite
     cosine = torch.where(linear, 0, cosine)
     # A product, since 1 - cosine^2 would lose the sine's digits near both ends.
     sine = _sqrt((1 - cosine) * (1 + cosine))
-    turns = weights * torch.atan2(sine, cosine).unsqueeze(-1) / math.pi
-    spherical = math.pi * turns * torch.sinc(turns) / sine.unsqueeze(-1)
-    unique = ~(opposite & (weights != 0).all(-1))
-    return torch.where(linear.unsqueeze(-1), weights, spherical), unique
+    turns = weights * torch.atan2(sine, cosine) / math.pi
+    spherical = math.pi * turns * torch.sinc(turns) / sine
+    unique = ~(opposite & (weights != 0).all(0))
+    return torch.where(linear, weights, spherical), unique
 
 
 def karcher_coefficients(
@@ -163,6 +150,14 @@ def karcher_coefficients(
     that are not antipodal, or than 400 in float64: its third power multiplies rounding,
     which leaves half of the digits. Derivatives of first order are the mean's.
 
+    Args:
+        cosines: `(N, N, ...)`, models first.
+        weights: `(N, ...)`, none negative, summing to one.
+        bound: vectors with `1 + cos(theta)` up to this are antipodal.
+
+    Returns:
+        The c_i, `(N, ...)`, and `(...)`, whether there is a unique mean direction.
+
     References:
         H. Karcher, "Riemannian center of mass and mollifier smoothing",
         Communications on Pure and Applied Mathematics 30(5), 1977.
@@ -172,48 +167,45 @@ def karcher_coefficients(
     epsilon = torch.finfo(cosines.dtype).eps
     with torch.no_grad():
         counts = weights != 0
-        pairs = counts.unsqueeze(-1) & counts.unsqueeze(-2)
-        unique = ~(pairs & (cosines <= bound - 1)).flatten(-2).any(-1)
+        opposite = (cosines <= bound - 1) & counts & counts.unsqueeze(1)
+        unique = ~opposite.flatten(0, 1).any(0)
         point, converged = weights, ~unique
         for _ in range(_MAX_STEPS):
             at = _LogMaps(point, cosines, weights)
-            residual = at.total.abs().amax(-1)
+            residual = at.total.abs().amax(0)
             converged = converged | (residual <= _GRAM_ROUNDING * epsilon)
             if converged.all():
                 break
             # Each by itself, so that a vector comes out the same in any company.
-            moved = at.mean + at.newton_step()
-            point = torch.where(converged.unsqueeze(-1), point, moved)
+            point = torch.where(converged, point, at.mean + at.newton_step())
         # Where vectors all but cancel, rounding may keep a mean from converging fully.
-        residual = at.total.abs().amax(-1)
         unique &= (residual <= epsilon**0.5) & (at.length() <= epsilon ** (2 / 3))
         largest = min((2 * bound) ** -0.5, epsilon ** (-1 / 6))
-        unique &= (at.smallest.squeeze(-1) > 0) & (at.solution.amax(-1) <= largest)
+        unique &= (at.smallest > 0) & (at.solution.amax(0) <= largest)
     if not (torch.is_grad_enabled() and cosines.requires_grad):
         return at.solution, unique
     # One more step, recorded: by the implicit function theorem it has the derivative
     # of the mean itself. Where there is none, take it on an orthonormal basis.
-    known = unique.unsqueeze(-1)
-    identity = torch.eye(cosines.shape[-1], dtype=cosines.dtype, device=cosines.device)
-    cosines = torch.where(known.unsqueeze(-1), cosines, identity)
-    weights = torch.where(known, weights, 1 / cosines.shape[-1])
-    at = _LogMaps(torch.where(known, at.mean, weights), cosines, weights)
+    identity = torch.diag_embed(torch.ones_like(weights.movedim(0, -1)), 0, 0, 1)
+    cosines = torch.where(unique, cosines, identity)
+    weights = torch.where(unique, weights, 1 / len(weights))
+    at = _LogMaps(torch.where(unique, at.mean, weights), cosines, weights)
     return _LogMaps(at.mean + at.newton_step(), cosines, weights).solution, unique
 
 
 class _LogMaps:
     """The weighted log maps of unit vectors at a point of their span.
 
-    All are coefficients `(..., N)` of the vectors: of the point, `mean`, of the log
+    All are coefficients `(N, ...)` of the vectors: of the point, `mean`, of the log
     maps' sum, `total`, and of the mean if this is it, `solution`. `smallest` is the
-    Hessian's smallest eigenvalue, `(..., 1)`.
+    Hessian's smallest eigenvalue, `(...)`.
     """
 
     def __init__(
         self, point: torch.Tensor, cosines: torch.Tensor, weights: torch.Tensor
     ):
         x = _product(cosines, point)
-        length = _sqrt((point * x).sum(-1, keepdim=True))
+        length = _sqrt((point * x).sum(0))
         self.mean, x = point / length, x / length
         bound = 1 - 4 * torch.finfo(x.dtype).eps
         at = x.detach().clamp(-bound, bound)
@@ -224,32 +216,34 @@ class _LogMaps:
         if x.requires_grad:
             ratio = ratio - self.slope * (x - x.detach())
         pull = weights * ratio
-        self.smallest = (pull * x).sum(-1, keepdim=True)
+        self.smallest = (pull * x).sum(0)
         self.total = pull - self.smallest * self.mean
         self.solution = pull / self.smallest
         self.cosines, self.weights, self.x = cosines, weights, x
 
     def length(self) -> torch.Tensor:
         """Length `(...)` of the sum of the log maps."""
-        inner = _product(self.cosines, self.total)
-        return _sqrt((self.total * inner).sum(-1).clamp(min=1e-30))
+        square = (self.total * _product(self.cosines, self.total)).sum(0)
+        return _sqrt(square.clamp(min=1e-30))
 
     def newton_step(self) -> torch.Tensor:
-        """Coefficients `(..., N)` of the tangent vector that cancels the log maps."""
+        """Coefficients `(N, ...)` of the tangent vector that cancels the log maps."""
         with torch.no_grad():
-            # Far from the mean the Hessian may not be positive: keep to descent.
-            smallest = torch.maximum(self.smallest, 0.1 * self.length().unsqueeze(-1))
             curvature = self.weights * self.slope
-            along = _product(self.cosines, curvature * self.x).unsqueeze(-2)
-            hessian = curvature.unsqueeze(-1) * self.cosines
-            hessian -= self.mean.unsqueeze(-1) * along
-            hessian.diagonal(dim1=-2, dim2=-1).add_(smallest)
-        if self.total.device.type == "cpu" and not self.total.requires_grad:
-            # PyTorch's waits for threads, which takes long where a machine is busy.
-            with suppress(np.linalg.LinAlgError):
-                step = np.linalg.solve(hessian.numpy(), self.total.numpy()[..., None])
-                return torch.from_numpy(step[..., 0])
-        return torch.linalg.solve_ex(hessian, self.total)[0]
+            along = _product(self.cosines, curvature * self.x)
+            hessian = curvature.unsqueeze(1) * self.cosines
+            hessian.addcmul_(self.mean.unsqueeze(1), along, value=-1)
+            # Far from the mean the Hessian may not be positive: keep to descent.
+            smallest = torch.maximum(self.smallest, 0.1 * self.length())
+            hessian.diagonal().add_(smallest.unsqueeze(-1))
+        # Gauss-Jordan elimination for all vectors at once, which drops a column a step.
+        # PyTorch's own takes them one by one and waits for threads.
+        rows = torch.cat([hessian, self.total.unsqueeze(1)], 1)
+        for pivot in range(len(rows)):
+            row = rows[pivot, 1:] / rows[pivot, 0]
+            rows = torch.addcmul(rows[:, 1:], rows[:, :1], row, value=-1)
+            rows[pivot] = row
+        return rows[:, 0]
 
 
 def _sqrt(positive: torch.Tensor) -> torch.Tensor:
@@ -258,4 +252,4 @@ def _sqrt(positive: torch.Tensor) -> torch.Tensor:
 
 def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     # No `@`, which waits for threads.
-    return (matrix * vector.unsqueeze(-2)).sum(-1)
+    return (matrix * vector).sum(1)

@@ -33,7 +33,7 @@ from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 # What is worked out at once: so few entries of Gram matrices that PyTorch does it in
 # one thread, as several would wait for each other where a machine is busy, and so few
 # elements of whole vectors that the second pass finds them in the cache.
-_GRAM_ENTRIES = 2**15
+_GRAM_ENTRIES = 2**15 - 1
 _GROUP_ELEMENTS = 2**22
 
 # What float32 is enough for: squared lengths and coefficients between these, whose
@@ -42,29 +42,24 @@ _GROUP_ELEMENTS = 2**22
 _SQUARES = 1e-24, 1e36
 _COEFFICIENTS = 1e-18, 1e18
 _NEAR_ANTIPODAL = 4e-3
+# The least squared length in float64 whose terms are not subnormal.
+_SHORTEST = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps ** 2
 
 
 class NonFiniteError(ValueError):
-    """Weight `output` of the batch is not finite in a model, or the base if None."""
-
-    def __init__(self, output: int, model: int | None):
-        super().__init__(output, model)
-        self.output, self.model = output, model
+    """Weight `args[0]` of model `args[1]`, or of the base if None, is not finite."""
 
     def __str__(self) -> str:
-        who = "the base" if self.model is None else f"model {self.model}"
-        return f"weight {self.output} of {who} contains NaN or infinity"
+        output, model = self.args
+        who = "the base" if model is None else f"model {model}"
+        return f"weight {output} of {who} contains NaN or infinity"
 
 
 class RangeError(OverflowError):
-    """Weight `output` of the batch leaves the range of a dtype, for a `reason`."""
-
-    def __init__(self, output: int, reason: str):
-        super().__init__(output, reason)
-        self.output, self.reason = output, reason
+    """Weight `args[0]` leaves the range of a dtype, as `args[1]` says."""
 
     def __str__(self) -> str:
-        return f"weight {self.output}: {self.reason}"
+        return "weight {}: {}".format(*self.args)
 
 
 class Merged(NamedTuple):
@@ -123,22 +118,15 @@ def nuslerp(
     Warns:
         RuntimeWarning: weights that sum to zero, or vectors without a unique mean
             (opposite ones, or ones that cancel), which are merged linearly.
-
-    Example:
-        >>> import torch
-        >>> from mergekit_nuslerp import nuslerp
-        >>> nuslerp([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], [1, 1])
-        tensor([0.7071, 0.7071])
     """
     given = [*tensors] if base is None else [*tensors, base]
     if len(tensors) < 2:
         raise ValueError(f"NuSLERP merges two models or more, not {len(tensors)}")
     if len(weights) != len(tensors):
         raise ValueError(f"{len(tensors)} tensors need as many weights: {weights}")
-    if any(tensor.shape != given[0].shape for tensor in given):
-        raise ValueError(f"tensors differ in shape: {[tuple(t.shape) for t in given]}")
-    if any(tensor.device != given[0].device for tensor in given):
-        raise ValueError(f"tensors differ in device: {[str(t.device) for t in given]}")
+    kinds = [(tuple(tensor.shape), str(tensor.device)) for tensor in given]
+    if len(set(kinds)) > 1:
+        raise ValueError(f"tensors differ in shape or device: {kinds}")
     warn = partial(warnings.warn, category=RuntimeWarning, stacklevel=2)
     if sums_to_zero(weights):
         warn("NuSLERP weights sum to zero; the models are weighted equally instead")
@@ -194,9 +182,7 @@ def merge_batch(
     shares = shares.to(views[0].device, wide).unsqueeze(1)
     result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
     linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
-    for part, outputs in _groups(views, len(tensors), len(shares)):
-        inputs = [view[part] for view in views]
-        origin = None if base is None else inputs.pop()
+    for part, outputs, inputs, origin in _groups(views, base is not None, len(shares)):
         for working in (wide,) if exact else (torch.float32, wide):
             gram = chosen.gram(inputs, origin, working)
             near = 0 if working == wide else _NEAR_ANTIPODAL
@@ -208,9 +194,9 @@ def merge_batch(
                 break
         else:
             _check(inputs, origin, gram, outputs)
-            _refuse_infinite(coefficients, outputs, "a coefficient")
+            _check_range(coefficients, outputs, "a coefficient")
         if not chosen.combine(inputs, origin, coefficients, result[part], working):
-            _refuse_infinite(result[part], outputs, "the result")
+            _check_range(result[part], outputs, "the result")
         linear.index_add_(0, outputs, (~unique).sum(-1))
     vectors = result.shape[0] * result.shape[2] // max(1, len(shares))
     return Merged(result.view(tensors[0].shape), vectors, linear)
@@ -232,9 +218,7 @@ def gram_matrices(
     chosen, wide = passes.choose(views), wide_dtype(views[0].device)
     shape = *views[0].shape[::2], len(tensors), len(tensors)
     grams = torch.zeros(shape, dtype=wide, device=views[0].device)
-    for part, outputs in _groups(views, len(tensors), 1):
-        inputs = [view[part] for view in views]
-        origin = None if base is None else inputs.pop()
+    for part, outputs, inputs, origin in _groups(views, base is not None, 1):
         gram = grams[part[::2]] = chosen.gram(inputs, origin, wide)
         _check(inputs, origin, gram, outputs)
     return grams.flatten(0, 1)
@@ -251,21 +235,23 @@ def _views(given: Sequence[torch.Tensor], granularity: str) -> list[torch.Tensor
     return [tensor.reshape(sizes) for tensor in given]
 
 
-def _groups(
-    views: Sequence[torch.Tensor], models: int, batch: int
-) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
-    """Vectors to work out at once: where, and which weight each outer index is of."""
+def _groups(views: Sequence[torch.Tensor], has_base: bool, batch: int) -> Iterator:
+    """Vectors to merge at once: their part of the view, which weight each of the outer
+    indices is of, and the models' and the base's vectors.
+    """
     outer, length, inner, width = views[0].shape
     if not views[0].numel() or views[0].device.type == "meta":
         return
-    most = max(1, _GRAM_ENTRIES // models**2)
+    most = max(1, _GRAM_ENTRIES // (len(views) * (len(views) + 1)))
     near = max(1, _GROUP_ELEMENTS // (length * inner * width))
     steps = min(near, max(1, most // inner)), most
     if is_recorded(views):  # autograd would copy the whole gradient for each group
         steps = outer, inner
     for rows, columns in product(slices(outer, steps[0]), slices(inner, steps[1])):
-        indices = torch.arange(rows.start, rows.stop, device=views[0].device)
-        yield (rows, slice(None), columns), indices // (outer // batch)
+        outputs = torch.arange(rows.start, rows.stop, device=views[0].device)
+        inputs = [view[rows, :, columns] for view in views]
+        base = inputs.pop() if has_base else None
+        yield (rows, slice(None), columns), outputs // (outer // batch), inputs, base
 
 
 def _check(
@@ -281,15 +267,14 @@ def _check(
             for output, vectors in zip(outputs.tolist(), tensor.detach()):
                 if not torch.stack(vectors.aminmax()).isfinite().all():
                     raise NonFiniteError(output, index if index < len(inputs) else None)
-        _refuse_infinite(gram, outputs, "a squared length")
-    if torch.float64 not in {tensor.dtype for tensor in given}:
-        return
-    number = torch.finfo(torch.float64)
-    short = gram.diagonal(dim1=-2, dim2=-1) < number.smallest_normal / number.eps**2
+        _check_range(gram, outputs, "a squared length")
+    if all(tensor.dtype != torch.float64 for tensor in given):
+        return  # no squares of theirs are that small
+    short = gram.diagonal(dim1=-2, dim2=-1) < _SHORTEST
     for outer, inner, model in short.nonzero().tolist():
-        here = outer, slice(None), inner
-        if (inputs[model][here] != (0 if base is None else base[here])).any():
-            reason = "a squared length is too small for torch.float64"
+        vector = inputs[model][outer, :, inner]
+        if (vector != (0 if base is None else base[outer, :, inner])).any():
+            reason = f"a squared length is too small for {gram.dtype}"
             raise RangeError(int(outputs[outer]), reason)
 
 
@@ -304,7 +289,7 @@ def _is_precise(
     return bool(fine & (smallest >= _SQUARES[0]) & (largest <= _SQUARES[1]))
 
 
-def _refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
+def _check_range(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
     """Raise RangeError if values `(outer, ...)` are not all finite."""
     infinite = ~values.isfinite().flatten(1).all(1)
     if infinite.any():

@@ -478,11 +478,10 @@ def named(
     base: Hashable | None,
 ) -> Exception:
     """The kernel's error about one tensor, by names that users know."""
+    _, model = error.args  # or why the range is left
     if isinstance(error, RangeError):
-        return out_of_range(tensor, error.reason)
-    owner = f"the base model {base}"
-    if error.model is not None:
-        owner = f"model {models[error.model]}"
+        return out_of_range(tensor, model)
+    owner = f"the base model {base}" if model is None else f"model {models[model]}"
     return ValueError(
         f"nuslerp: {_called(tensor)} of {owner} contains NaN or infinity. "
         "The checkpoint is damaged, its training diverged, or the config's `dtype` "

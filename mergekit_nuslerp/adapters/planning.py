@@ -486,7 +486,7 @@ def merge(
             lambda_=values.lambda_,
         )
     except (NonFiniteError, RangeError) as error:
-        entry = planned[error.output]
+        entry = planned[error.args[0]]
         raise parameters.named(error, entry.name, entry.models, entry.base) from None
     for entry, count in zip(planned, merged.linear.tolist()):
         parameters.warn_of_linear(count, merged.vectors, entry.name)

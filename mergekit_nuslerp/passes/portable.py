@@ -76,14 +76,15 @@ def combine(
     """
     # One value a vector, contiguous for each model: strided factors are slow.
     factors = coefficients.to(dtype).movedim(-1, 0).contiguous()[:, :, None, :, None]
+    extremes: list[torch.Tensor] = []
     for piece, vectors, total, buffer in _pieces(inputs, base, dtype):
         for vector, factor in zip(vectors, factors[:, piece[0], :, piece[2]]):
             if total is None:
                 total = torch.mul(vector, factor, out=buffer)
             else:
                 total = torch.addcmul(total, vector, factor, out=buffer)
-        out[piece].copy_(total)
-    return bool(torch.stack(out.detach().aminmax()).isfinite().all())
+        extremes += out[piece].copy_(total).detach().aminmax()
+    return bool(torch.stack(extremes).isfinite().all())
 
 
 def _pieces(
