@@ -29,6 +29,10 @@ MIN_WEIGHT_SUM = 1e-6
 # to -1 cannot be told from it.
 _GRAM_ROUNDING = 32
 
+# Entries of matrices that are worked on at once: so few that PyTorch does it in one
+# thread, as several would wait for each other where a machine is busy.
+_MOST_ENTRIES = 2**15 - 1
+
 # Newton steps to a Karcher mean: five where vectors are close to orthogonal, a dozen
 # where they nearly cancel.
 _MAX_STEPS = 24
@@ -78,9 +82,27 @@ def mean_coefficients(
     References:
         K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
     """
+    shape, count = gram.shape[:-1], gram.shape[-1]
+    bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
     # Models first, so that sums over them run along memory.
-    weights = weights.expand(gram.shape[:-1]).movedim(-1, 0)
-    gram = gram.movedim((-2, -1), (0, 1))
+    matrices = gram.movedim((-2, -1), (0, 1)).reshape(count, count, -1)
+    shares = weights.expand(shape).movedim(-1, 0).reshape(count, -1)
+    most = max(1, _MOST_ENTRIES // (count * (count + 1)))
+    parts = zip(matrices.split(most, -1), shares.split(most, -1))
+    means = [_mean(*part, magnitude, bound) for part in parts]
+    coefficients, unique = (torch.cat(found, -1) for found in zip(*means))
+    return coefficients.movedim(0, -1).reshape(shape), unique.reshape(shape[:-1])
+
+
+def antipodal_bound(dtype: torch.dtype) -> float:
+    """The largest `1 + cos(theta)` of antipodal vectors, by their Gram's `dtype`."""
+    return _GRAM_ROUNDING * torch.finfo(dtype).eps
+
+
+def _mean(
+    gram: torch.Tensor, weights: torch.Tensor, magnitude: Magnitude, bound: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coefficients `(N, V)` from matrices `(N, N, V)` and weights `(N, V)`."""
     zero = gram.diagonal() == 0
     unit = torch.diag_embed(zero.to(gram.dtype), dim1=0, dim2=1)
     zero = zero.movedim(-1, 0)
@@ -89,7 +111,6 @@ def mean_coefficients(
     gram = gram.masked_fill(zero | zero.unsqueeze(1), 0) + unit
     lengths = _sqrt(gram.diagonal().movedim(-1, 0))
     cosines = gram / lengths / lengths.unsqueeze(1)
-    bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
     mean = _slerp if len(gram) == 2 else karcher_coefficients
     directions, unique = mean(cosines, weights, bound)
     if magnitude != "slerp":
@@ -99,12 +120,7 @@ def mean_coefficients(
         shorter = zero.any(0) & (square > 0)
         scale = _mean_length(lengths, zero, weights, magnitude)
         directions = kept * scale / lengths / _sqrt(torch.where(shorter, square, 1))
-    return torch.where(unique, directions, weights).movedim(0, -1), unique
-
-
-def antipodal_bound(dtype: torch.dtype) -> float:
-    """The largest `1 + cos(theta)` of antipodal vectors, by their Gram's `dtype`."""
-    return _GRAM_ROUNDING * torch.finfo(dtype).eps
+    return torch.where(unique, directions, weights), unique
 
 
 def _mean_length(

@@ -30,10 +30,9 @@ from mergekit_nuslerp.geometry import (
 from mergekit_nuslerp.granularity import slices, vector_view
 from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 
-# What is worked out at once: so few entries of Gram matrices that PyTorch does it in
-# one thread, as several would wait for each other where a machine is busy, and so few
-# elements of whole vectors that the second pass finds them in the cache.
-_GRAM_ENTRIES = 2**15 - 1
+# What is merged at once: entries of Gram matrices, for their memory, and elements of
+# vectors that lie in one piece, so that the second pass finds them in the cache.
+_GRAM_ENTRIES = 2**17
 _GROUP_ELEMENTS = 2**22
 
 # What float32 is enough for: squared lengths and coefficients between these, whose
@@ -242,7 +241,7 @@ def _groups(views: Sequence[torch.Tensor], has_base: bool, batch: int) -> Iterat
     outer, length, inner, width = views[0].shape
     if not views[0].numel() or views[0].device.type == "meta":
         return
-    most = max(1, _GRAM_ENTRIES // (len(views) * (len(views) + 1)))
+    most = max(1, _GRAM_ENTRIES // (len(views) - has_base) ** 2)
     near = max(1, _GROUP_ELEMENTS // (length * inner * width))
     steps = min(near, max(1, most // inner)), most
     if is_recorded(views):  # autograd would copy the whole gradient for each group
