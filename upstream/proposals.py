@@ -214,12 +214,6 @@ MANY = Proposal(
     [
         edit(
             _SPHERICAL,
-            "import math\n\nimport torch\n",
-            "import math\nfrom contextlib import suppress\n\n"
-            "import numpy as np\nimport torch\n",
-        ),
-        edit(
-            _SPHERICAL,
             "\n\ndef normalize_weights(",
             "# take geometry: _MAX_STEPS\n\n\ndef normalize_weights(",
         ),
@@ -239,18 +233,9 @@ MANY = Proposal(
         ),
         edit(
             _SPHERICAL,
-            """\
-    return _slerp(cosine, weights, bound)
-""",
-            """\
-    if gram.shape[-1] == 2:
-        return _slerp(cosine, weights, bound)
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    cosines = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), identity, gram)
-    cosines = cosines / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
-    directions, unique = karcher_coefficients(cosines, weights, bound)
-    return torch.where(unique.unsqueeze(-1), directions, weights), unique
-""",
+            "    directions, unique = _slerp(cosines, weights, bound)\n",
+            "    mean = _slerp if len(gram) == 2 else karcher_coefficients\n"
+            "    directions, unique = mean(cosines, weights, bound)\n",
             within="mean_coefficients",
         ),
         append(
@@ -311,27 +296,26 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
     alphas = torch.tensor(alphas, dtype=torch.float64)
 
     def solve(gram, antipodal_tolerance):
-        weights = alphas.to(gram.device, gram.dtype).expand(gram.shape[:-1])
-        identity = torch.eye(len(tensors), dtype=gram.dtype, device=gram.device)
-        squares = gram.diagonal(dim1=-2, dim2=-1)
+        gram = gram[0, 0]  # of the only vector
+        weights, squares = alphas.to(gram), gram.diagonal()
         # Inputs shorter than tol have no direction, and no share in the mean.
         short = squares <= tol**2
         norms = torch.where(short, 1, squares).sqrt()
-        cosines = torch.where(short.unsqueeze(-1) | short.unsqueeze(-2), identity, gram)
-        cosines = cosines / norms.unsqueeze(-1) / norms.unsqueeze(-2)
+        identity = torch.eye(len(tensors)).to(gram)
+        cosines = gram / norms / norms.unsqueeze(1)
+        cosines = torch.where(short | short.unsqueeze(1), identity, cosines)
         shares = normalize_weights(torch.where(short, 0, weights))
         bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
         directions, unique = karcher_coefficients(cosines, shares, bound)
-        # Without a unique mean, take the direction of the weighted sum or, where
-        # inputs cancel, that of the first one.
-        square = (shares.unsqueeze(-1) * cosines * shares.unsqueeze(-2)).sum((-2, -1))
-        cancel = (square <= tol**2).unsqueeze(-1)
-        linear = shares / torch.where(cancel, 1, square.unsqueeze(-1)).sqrt()
-        linear = torch.where(cancel, identity[(~short).int().argmax(-1)], linear)
-        directions = torch.where(unique.unsqueeze(-1), directions, linear)
-        directions = torch.where(short, 0, directions)
-        scale = (weights * torch.where(short, 0, norms)).sum(-1, keepdim=True)
-        return scale * directions / norms, unique
+        if not unique:
+            # Take the direction of the weighted sum or, where inputs cancel, that of
+            # the first one.
+            square = (shares * cosines * shares.unsqueeze(1)).sum()
+            directions = identity[(~short).int().argmax()]
+            if square > tol**2:
+                directions = shares / square.sqrt()
+        kept = torch.where(short, 0, weights * norms).sum() * directions / norms
+        return torch.where(short, 0, kept).expand(1, 1, -1), unique
 
     return merge_vectors(tensors, None, (1, 1, 1, tensors[0].numel()), solve)
 ''',
@@ -606,12 +590,12 @@ def _parameter_spec(
         edit(
             _SPHERICAL,
             "\n\ndef normalize_weights(",
-            "# take geometry: Magnitude\n\n\ndef normalize_weights(",
+            "# take geometry: Magnitude, _MOST_ENTRIES\n\n\ndef normalize_weights(",
         ),
         replace(
             _SPHERICAL,
             "mean_coefficients",
-            "# take geometry: mean_coefficients, _resize\n",
+            "# take geometry: mean_coefficients, _mean, _mean_length\n",
         ),
         edit(
             _NUSLERP,

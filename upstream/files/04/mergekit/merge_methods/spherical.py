@@ -26,16 +26,20 @@ def mean_coefficients(
 
     A zero vector counts as orthogonal to the other one.
     """
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    zero = squares == 0
-    # Replaced before the division: selecting afterwards would leave NaN in the
-    # derivative.
-    lengths = _sqrt(torch.where(zero, 1, squares))
-    cosine = gram[..., 0, 1] / lengths[..., 0] / lengths[..., 1]
-    cosine = torch.where(zero.any(-1), 0, cosine)
-    weights = weights.expand(gram.shape[:-1])
     bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
-    return _slerp(cosine, weights, bound)
+    # Inputs first, so that sums over them run along memory.
+    weights = weights.expand(gram.shape[:-1]).movedim(-1, 0)
+    gram = gram.movedim((-2, -1), (0, 1))
+    zero = gram.diagonal() == 0
+    unit = torch.diag_embed(zero.to(gram.dtype), dim1=0, dim2=1)
+    zero = zero.movedim(-1, 0)
+    # Replaced *before* the formula is taken: selecting afterwards would still leave NaN
+    # in the derivative.
+    gram = gram.masked_fill(zero | zero.unsqueeze(1), 0) + unit
+    lengths = _sqrt(gram.diagonal().movedim(-1, 0))
+    cosines = gram / lengths / lengths.unsqueeze(1)
+    directions, unique = _slerp(cosines, weights, bound)
+    return torch.where(unique, directions, weights).movedim(0, -1), unique
 
 
 # take geometry: _slerp, _sqrt, antipodal_bound
