@@ -208,9 +208,9 @@ def merge_batch(
                 break
         else:
             _check(inputs, origin, gram, outputs)
-            _refuse_infinite(coefficients, outputs, "a coefficient")
+            refuse_infinite(coefficients, outputs, "a coefficient")
         if not chosen.combine(inputs, origin, coefficients, result[part], working):
-            _refuse_infinite(result[part], outputs, "the result")
+            refuse_infinite(result[part], outputs, "the result")
         linear.index_add_(0, outputs, (~unique).sum(-1))
     vectors = result.shape[0] * result.shape[2] // max(1, len(shares))
     return Merged(result.view(tensors[0].shape), vectors, linear)
@@ -281,7 +281,7 @@ def _check(
             for output, vectors in zip(outputs.tolist(), tensor.detach()):
                 if not torch.stack(vectors.aminmax()).isfinite().all():
                     raise NonFiniteError(output, index if index < len(inputs) else None)
-        _refuse_infinite(gram, outputs, "a squared length")
+        refuse_infinite(gram, outputs, "a squared length")
     if torch.float64 not in {tensor.dtype for tensor in given}:
         return
     number = torch.finfo(torch.float64)
@@ -304,7 +304,7 @@ def _is_precise(
     return bool(fine & (smallest >= _SQUARES[0]) & (largest <= _SQUARES[1]))
 
 
-def _refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
+def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
     """Raise RangeError if values `(outer, ...)` are not all finite."""
     infinite = ~values.isfinite().flatten(1).all(1)
     if infinite.any():

@@ -107,14 +107,15 @@ CONTRADICTIONS = [
 # Of each bad config what its message must name.
 REFUSED = {
     **{
-        weight(value): ("'weight' of model ./kd", given, "finite number, of at most")
+        weight(value): ("'weight' of model ./kd", given, "finite number between")
         for value, given in NO_NUMBERS.items()
     },
     weight("1.0e+301"): ("'weight' of model ./kd", "1e+301"),
     weight("[{filter: mlp, value: 0.4}]"): (
         "'weight'",
         "./kd",
-        "End a list of",
+        "ends with one for all other tensors",
+        "at tensor ",
     ),
     CONFIG.replace("weight: 0.7", ""): ("'weight'", "./kd", "embed_tokens", "missing"),
     CONFIG.replace("    parameters: {weight: 0.7}\n", ""): ("'weight'", "./kd"),
@@ -176,8 +177,12 @@ REFUSED = {
         "under a model" if TYPED else "mergekit==0.1.5",
     ),
     **{
-        text: (f"{name!r}", "outside of `parameters`", f"`{name}")
-        for name in ("nuslerp_magnitude", "nuslerp_flaten", "nuslerp_granularity")
+        text: (f"{name!r}", *said)
+        for name, *said in (
+            ("nuslerp_magnitude", "outside of `parameters`", "`nuslerp_magnitude: "),
+            ("nuslerp_flaten", "'nuslerp_flatten'?", "written under `parameters`"),
+            ("nuslerp_granularity", "outside of `parameters`", "granularity: row`"),
+        )
         for text in (
             f"{CONFIG}{name}: linear\n",
             f"{CONFIG}parameter: {{{name}: linear}}\n",
