@@ -114,16 +114,12 @@ def unfit(name: str, value: Any, model: Hashable | None = None) -> ConfigError:
         return _unknown(name)
     owner = "" if model is None else f" of model {model}"
     given = "is missing" if value is None else f"is {brief(value)}"
-    remedy = ""
+    message = f"nuslerp: parameter {name!r}{owner} {given}, but must be "
+    message += f"{PARAMETERS[name].allowed}. For example: {_example(name)}."
     if value is None or isinstance(value, (list, dict)):
-        remedy = (
-            " A list of filters has a `value` in each entry and ends with one for all "
-            "other tensors: `[{filter: mlp, value: ...}, {value: ...}]`."
-        )
-    return ConfigError(
-        f"nuslerp: parameter {name!r}{owner} {given}, but must be "
-        f"{PARAMETERS[name].allowed}. For example: {_example(name)}.{remedy}"
-    )
+        message += " A list of filters has a `value` in each entry and ends with one "
+        message += "for all other tensors: `[{filter: mlp, value: ...}, {value: ...}]`."
+    return ConfigError(message)
 
 
 def _example(name: str) -> str:
@@ -172,9 +168,7 @@ def resolve(
     weights: Sequence[tuple[Hashable, Any]],
     has_base: bool,
 ) -> Values:
-    """Check and convert the parameters of one weight, those for all models and the
-    weight of each model but the base, None where there is none.
-    """
+    """Check and convert what the config gives for one weight, None where nothing."""
     given = {**DEFAULTS, **dict(shared)}
     values = {name: validate(name, given[name]) for name in DEFAULTS}
     numbers = tuple(validate("weight", weight, model) for model, weight in weights)
@@ -209,8 +203,6 @@ def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
         ) from None
 
 
-# --- Names -------------------------------------------------------------------------
-
 _SHORT_NAMES = {name.removeprefix(PREFIX): name for name in PARAMETERS}
 
 # Of other methods, and what to say of them.
@@ -222,10 +214,9 @@ _OF_OTHERS = {
 
 
 def check_name(name: str, place: str = "") -> None:
-    """Refuse a new parameter that would be ignored, or warn of an old one.
+    """Refuse a new parameter that has no effect in a place, or warn of an old one.
 
-    mergekit ignores its own without a word, and configs may have them. The place is
-    one where a parameter has no effect, if there is one.
+    mergekit ignores its own without a word, and configs may have them.
     """
     if name not in PARAMETERS:
         if name.startswith(PREFIX):
@@ -260,21 +251,14 @@ def _hint(name: str) -> str:
     return f" Did you mean {_SHORT_NAMES[near[0]]!r}?" if near else ""
 
 
-# --- Models ------------------------------------------------------------------------
-
-
 def check_models(
     models: Sequence[Hashable],
     base: Hashable | None,
     *,
     place: str = "the config",
-    tensor: str | None = None,
+    tensor: str | None = None,  # which the models were found to have, while merging
 ) -> None:
-    """Refuse a merge of fewer than two models besides the base.
-
-    Args:
-        tensor: the tensor that the models were found to have, while merging.
-    """
+    """Refuse a merge of fewer than two models besides the base."""
     others = [str(model) for model in models if model != base]
     where, listed = f"in {place}", f"({', '.join(others)})"
     lacks_base = base is not None and base not in models
@@ -290,31 +274,18 @@ def check_models(
             "remove `base_model` and give each of them a `weight`."
         )
     else:
-        count = "is 1" if others else "are 0"
-        problem = f"a merge takes two models besides the base, but there {count}"
+        problem = f"a merge takes two models besides the base, not {len(others)}"
         problem += f" {listed}" if others else ""
-        remedy = (
-            "List another model. To take one model as it is, give the other one "
-            "`weight: 0`."
-        )
+        remedy = "List another one, with `weight: 0` if it is to have no part."
     if tensor:
         where = f"that have tensor {printable(tensor)}"
-        remedy = (
-            "Use models with the same tensors, or `mergekit-pytorch "
-            "--tensor-intersection`."
-        )
+        hint = "`mergekit-pytorch --tensor-intersection`"
+        remedy = f"Use models with the same tensors, or {hint}."
     raise ConfigError(f"nuslerp: {problem} {where}. {remedy}")
 
 
-# --- Warnings ----------------------------------------------------------------------
-
 # How many tensors of the merge each warning has been about.
-_WARNED: Counter[str] = Counter()
-
-
-def start_merge() -> None:
-    """Count the tensors that warnings are about anew."""
-    _WARNED.clear()
+WARNED: Counter[str] = Counter()
 
 
 def warn_of_no_effect(name: str, hint: str) -> None:
@@ -323,14 +294,11 @@ def warn_of_no_effect(name: str, hint: str) -> None:
 
 def warn_of_tensor(tensor: str | None, message: str, *about: Any) -> None:
     """Warn of the first tensors, and tell of the others those who ask for more."""
-    _WARNED[message] += 1
-    level = logging.WARNING if _WARNED[message] <= _NAMED_TENSORS else logging.INFO
+    WARNED[message] += 1
+    level = logging.WARNING if WARNED[message] <= _NAMED_TENSORS else logging.INFO
     LOG.log(level, f"nuslerp: %s {message}", called(tensor), *about)
-    if _WARNED[message] == _NAMED_TENSORS:
+    if WARNED[message] == _NAMED_TENSORS:
         LOG.warning("nuslerp: more tensors like these are listed only with --verbose")
-
-
-# --- Tensors -----------------------------------------------------------------------
 
 
 def named(

@@ -365,9 +365,9 @@ def test_numbers_as_mergekit_takes_them():
 def test_a_message_without_a_place_is_still_a_sentence():
     with pytest.raises(ConfigError, match="parameter 'weight' is missing, but must"):
         parameters.validate("weight", None)
-    with pytest.raises(ConfigError, match="there are 0"):
+    with pytest.raises(ConfigError, match="besides the base, not 0"):
         parameters.check_models([], None)
-    with pytest.raises(ConfigError, match=r"is 1 \(a\) .* tensor q\. .* same"):
+    with pytest.raises(ConfigError, match=r"not 1 \(a\) .* tensor q\. .* same"):
         parameters.check_models(["a"], None, tensor="q")
 
 

@@ -192,7 +192,7 @@ REFUSED = {
     # The same name in its place is no excuse.
     f"{shared('nuslerp_flaten: 1')}nuslerp_flaten: 1\n": ("'nuslerp_flaten'",),
     # Models.
-    listing("./sft"): ("Besides the base model ./base there is only ./sft",),
+    listing("./sft"): ("besides the base model ./base there is only ./sft",),
     listing("./sft", "./kd", base="./sft"): ("./sft there is only ./kd",),
     listing("./sft", "./kd", "./kd"): (
         "./kd and ./kd",
@@ -264,7 +264,10 @@ REFUSED = {
         "`slices[0].sources[0].layer_range` is missing",
         "[0, 16]",
     ),
-    slices("./sft ./kd").replace("[0, 2]", "[0]", 1): ("layer_range` is [0]",),
+    slices("./sft ./kd").replace("[0, 2]", "[0]", 1): (
+        "layer_range[1]` is missing",
+        "two whole numbers",
+    ),
     slices("./sft ./kd").replace("[0, 2]", "[0, x]", 1): ("layer_range", "'x'"),
     slices("./sft ./kd").replace("[0, 2]", "all", 1): ("layer_range` is 'all'",),
     "merge_method: nuslerp\nmodules: {vision: {}}\n": ("slices or models",),
@@ -291,8 +294,15 @@ REFUSED = {
     weight(f"'{'long ' * 500}'"): ("'weight' of model ./kd", "long long"),
     **(
         {
-            listing("./sft", base=""): ("there is 1", "(./sft)", "`weight: 0`"),
-            slices("./sft", "./sft ./kd", base=""): ("there is 1", "slices[0]"),
+            listing("./sft", base=""): (
+                "besides the base, not 1",
+                "(./sft)",
+                "`weight: 0`",
+            ),
+            slices("./sft", "./sft ./kd", base=""): (
+                "besides the base, not 1",
+                "slices[0]",
+            ),
         }
         if TYPED
         else {}

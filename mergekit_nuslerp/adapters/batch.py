@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any
 
 import torch
@@ -62,6 +63,13 @@ def _specs(declared: dict[str, Any], scope: ParameterScope) -> list[ParameterSpe
     ]
 
 
+class Spec(MergeMethodSpec):
+    """Sorts the parameters once, and not four times for each tensor that is planned."""
+
+    shared_parameters = cached_property(MergeMethodSpec.shared_parameters.fget)
+    input_parameters = cached_property(MergeMethodSpec.input_parameters.fget)
+
+
 def _split(batch: TensorBatch) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """The models' tensors, and the base's if there is one."""
     inputs = list(batch.tensors)
@@ -72,8 +80,8 @@ def _kernel(batch: TensorBatch, *, weight: Any, **shared: Any) -> torch.Tensor:
     """What mergekit asks of a batch kernel: the weights and nothing else."""
     inputs, base = _split(batch)
     origin = None if base is None else "base"
-    rows = [list(enumerate(row)) for row in weight.tolist()]
-    entries = [Planned(None, origin, shared, row) for row in rows]
+    weights = [list(enumerate(row)) for row in weight.tolist()]
+    entries = [Planned(None, origin, shared, given) for given in weights]
     return torch.stack(planning.merge(entries, inputs, base))
 
 
@@ -81,7 +89,7 @@ class NuslerpMethod(BatchedMergeMethod):
     """`nuslerp` as mergekit 0.1.5 calls it."""
 
     def __init__(self) -> None:
-        spec = MergeMethodSpec(
+        spec = Spec(
             name="nuslerp",
             pretty_name=f"NuSLERP (mergekit-nuslerp {__version__})",
             parameters=(
@@ -163,22 +171,15 @@ def aligned(_info: WeightInfo, tensors: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def make_task(
-    *,
-    output_weight: WeightInfo,
-    tensors: Any,
-    parameters: Any,
-    tensor_parameters: Any,
-    base_model: Any,
+    *, tensors: Any, tensor_parameters: Any, **more: Any
 ) -> ExecuteMergeMethodTask:
     """What merges one weight."""
     return ExecuteMergeMethodTask(
         method_name="nuslerp",
         gather_tensors=tensors,
         model_order=tuple(tensor_parameters),
-        base_model=base_model,
-        output_weight=output_weight,
-        parameters=parameters,
         input_parameters=tensor_parameters,
+        **more,
     )
 
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce, wraps
+from math import inf
 from operator import getitem
 from typing import Any
 
@@ -42,7 +43,6 @@ SEAMS = {
     "config": ("mergekit.config", "MergeConfiguration", "model_validate"),
     "plan": ("mergekit.plan", "MergePlanner", "_plan"),
 }
-
 
 # Those of mergekit's dtypes in which a merge can be worked out.
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -145,10 +145,11 @@ def _misfit(config: Any, error: Mapping[str, Any]) -> ConfigError:
         return misfit.at(_path(place[:end])) if end else misfit
     # The others are names of types that were tried.
     keys = [key for key in place if isinstance(key, int) or key in _FORMS]
-    if "modules" in place[:1]:
-        keys.insert(1, place[1])
+    if place[0] == "modules":
+        keys[1:1] = place[1:2]
     given = "is missing" if error["type"] == "missing" else f"is {brief(value)}"
-    form = next(_FORMS[key] for key in reversed(keys) if key in _FORMS)
+    known = [_FORMS[key] for key in keys if key in _FORMS]
+    form = known[-1] if known else "as mergekit's documentation says"
     return ConfigError(f"config: `{_path(keys)}` {given}, but must be {form}.")
 
 
@@ -207,10 +208,10 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
         if config.merge_method not in METHODS:
             return plan(self)
         plugin.try_merge()
-        parameters.start_merge()
+        parameters.WARNED.clear()
         _latest.clear()
         settings = list(settings_of(config))
-        models = _check_config(self, settings)
+        integers = _check_config(self, settings)
         try:
             result = plan(self)  # changes the config
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -227,17 +228,14 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
             if shape is not None:
                 parameters.check_block(entry.values.granularity, entry.name, shape)
         if config.dtype:
-            _check_integers(found, models)
+            _check_integers(found, integers)
         if not getattr(self, "is_inspection", False):  # which has this in its report
             plugin.announce_merge()
             for text in unmatched(settings, found):
                 LOG.warning("nuslerp: no tensor's name contains the filter %r", text)
             for module in left_out(self):
-                LOG.warning(
-                    "nuslerp: the config has no module %r, so the merged model will "
-                    "not have it",
-                    module,
-                )
+                message = "nuslerp: the config has no module %r: it is left out"
+                LOG.warning(message, module)
         return result
 
     return _plan
@@ -278,10 +276,11 @@ def unmatched(settings: Iterable[Any], tensors: Iterable[Planned]) -> list[str]:
     """The filters in a config that no tensor's name contains, here or in a model."""
     filters = dict.fromkeys(text for _, _, text, _ in settings)
     wanted = [text for text in filters if text not in (None, "*")]
-    names = set()
-    for entry in tensors if wanted else ():
-        infos = sources(entry.tensors).values()
-        names |= {entry.name, *(getattr(info, "name", "") for info in infos)}
+    names = {
+        getattr(info, "name", entry.name)
+        for entry in (tensors if wanted else ())
+        for info in (entry, *sources(entry.tensors).values())
+    }
     return [text for text in wanted if not any(text in name for name in names)]
 
 
@@ -291,15 +290,13 @@ def left_out(planner: Any) -> list[str]:
     return [name for name in planner.arch_info.modules if name not in planned]
 
 
-def _check_config(planner: Any, settings: Sequence[Any]) -> list[ModelReference]:
-    """Refuse what mergekit would ignore, or warn where it always did: all models."""
+def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
+    """Refuse or warn of what mergekit ignores, and return the tensors of integers."""
     config, modules = planner.config, planner.arch_info.modules
     for module in config.modules or ():
         if module not in modules:
-            raise ConfigError(
-                f"config: there is no module {module!r} in these models. Theirs are "
-                f"{', '.join(modules)}."
-            )
+            theirs = ", ".join(modules)
+            raise ConfigError(f"config: there is no module {module!r}, but {theirs}.")
     for field in ("dtype", "out_dtype"):
         name = getattr(config, field)
         if name and name.removeprefix("torch.") not in _DTYPES:
@@ -311,13 +308,12 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> list[ModelReference]
     names = {name for name, _ in places}
     for name, of_model in sorted(places):
         is_common = of_model and name in parameters.SHARED
-        parameters.check_name(name, " under a model: all share it" * is_common)
-    if "nuslerp_row_wise" in names and names.isdisjoint(
-        ("nuslerp_flatten", "nuslerp_granularity")
-    ):
-        parameters.warn_of_no_effect(
-            "nuslerp_row_wise", " without `nuslerp_flatten: false`. Write both."
-        )
+        place = " under a model: all models share it" if is_common else ""
+        parameters.check_name(name, place)
+    others = names & {"nuslerp_flatten", "nuslerp_granularity"}
+    if "nuslerp_row_wise" in names and not others:
+        hint = " without `nuslerp_flatten: false`. Write both."
+        parameters.warn_of_no_effect("nuslerp_row_wise", hint)
     for model, name, text, value in settings:
         _check_word(name)
         try:
@@ -325,33 +321,33 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> list[ModelReference]
                 parameters.validate(name, value, model)
         except ConfigError as error:
             raise error.at(f"the filter {text!r}") if text else error from None
-    # By name, as mergekit's own way to compare models takes long.
-    models: dict[str, ModelReference] = {}
     configs: dict[str, Any] = {}
+    integers: set[str] = set()
     checked = set()  # as most slices have the same models
     first: dict[str, int] = {}
     dropped: dict[str, list[str]] = {}
     for module, place, inputs, base in _inputs(config):
+        # By name, as mergekit's own way to compare models takes long.
         entries = ((str(entry.model), *(entry.parameters or ())) for entry in inputs)
         key = str(base), *entries
         if key not in checked:
             checked.add(key)
-            found = {str(m): m for m in _check_inputs(place, inputs, base)}
-            new = found.keys() - models
-            configs |= {name: _check_checkpoint(found[name]) for name in new}
-            models |= found
+            for model in _check_inputs(place, inputs, base):
+                if str(model) not in configs:
+                    configs[str(model)], found = _check_checkpoint(model)
+                    integers |= found
         architecture = modules[module or next(iter(modules))].architecture
         _check_layers(place, inputs, architecture.num_layers_config_key(), configs)
         first.setdefault(module, len(inputs))
         dropped[module] = [str(entry.model) for entry in inputs[first[module] :]]
-    for names_dropped in filter(None, dropped.values()):
+    lost = ", ".join(name for names in dropped.values() for name in names)
+    if lost:
         raise ConfigError(
             "nuslerp: mergekit would merge the tensors after the layers without "
-            f"{', '.join(names_dropped)}, as the first slice has fewer sources than "
-            "the last. List as many sources in the first slice, with `weight: 0` for "
-            "those that are to have no part in it."
+            f"{lost}, as the first slice has fewer sources than the last. List as many "
+            "there, with `weight: 0` for those that are to have no part in it."
         )
-    return list(models.values())
+    return integers
 
 
 def _check_inputs(place: str, inputs: Sequence[Any], base: Any) -> list[ModelReference]:
@@ -365,9 +361,8 @@ def _check_inputs(place: str, inputs: Sequence[Any], base: Any) -> list[ModelRef
         if key in found:
             raise ConfigError(
                 f"nuslerp: {found[key]} and {model} in {place} are the same model. "
-                "List another one. If one of them is the base, write its path the same "
-                "way in both places. To merge layers of one model with each other, "
-                "list a copy of its folder."
+                "List another one, or write the base's path the same way everywhere. "
+                "To merge layers of one model with each other, list a copy of it."
             )
         found[key] = model
     # mergekit adds the base itself, but not to slices.
@@ -376,24 +371,23 @@ def _check_inputs(place: str, inputs: Sequence[Any], base: Any) -> list[ModelRef
         parameters.check_models(listed, base, place=place)
     for entry in inputs:
         if entry.model == base and "weight" in (entry.parameters or ()):
-            parameters.warn_of_no_effect(
-                "weight",
-                f" under the base model {base}. To stay closer to the base, write a "
-                "`lambda` below 1 at the top level.",
-            )
+            hint = f" under the base model {base}. To stay closer to it, write a "
+            hint += "`lambda` below 1 at the top level."
+            parameters.warn_of_no_effect("weight", hint)
     return models
 
 
 def _check_layers(
     place: str, inputs: Sequence[Any], key: str | None, configs: Mapping[str, Any]
 ) -> None:
-    """Refuse layers that a model does not have, as far as its config.json says it."""
+    """Refuse layers that a model does not have, by its config.json."""
     for entry in inputs if hasattr(inputs[0], "layer_range") else ():
         most = configs[str(entry.model)]
         for part in (key or "").split("."):
             most = most.get(part) if isinstance(most, dict) else None
         first, end = entry.layer_range
-        if not 0 <= first < end or (isinstance(most, int) and end > most):
+        most = most if isinstance(most, int) else inf
+        if not 0 <= first < end <= most:
             raise ConfigError(
                 f"config: `layer_range` of model {entry.model} in {place} is "
                 f"[{first}, {end}], but the model has layers [0, {most}]. Write the "
@@ -439,10 +433,8 @@ def merge(
         raise parameters.named(error, entry.name, models, entry.base) from None
     for entry, count in zip(planned, merged.linear.tolist()):
         if count:
-            message = (
-                "has %d of %d vectors without a unique spherical mean (they are "
-                "opposite, or cancel), which are merged linearly instead"
-            )
+            message = "has %d of %d vectors without a unique spherical mean (they are "
+            message += "opposite, or cancel), which are merged linearly instead"
             parameters.warn_of_tensor(entry.name, message, count, merged.vectors)
     return result.unbind(0)
 
@@ -494,48 +486,43 @@ def agree(tensors: Iterable[torch.Tensor]) -> bool:
 
 # --- Checkpoints -------------------------------------------------------------------
 
-# What stands beside codes that a quantised checkpoint has in place of weights.
-_SCALES = re.compile(
-    r"(\.(weight_scale\w*|weight\.(absmax|quant_state.*)|qweight|SCB)|_scale_inv)$",
-    re.MULTILINE,
+# In the names of tensors, each followed by a line break, of quantised checkpoints.
+_SCALES = (
+    ".weight_scale",
+    ".weight.quant_state",
+    *(".weight.absmax\n", ".qweight\n", ".SCB\n", "_scale_inv\n"),
 )
 
 
-def _check_checkpoint(model: ModelReference) -> Any:
-    """Refuse a quantised checkpoint, whose codes are not weights.
-
-    Returns what its config.json says.
-    """
-    index = LoaderCache().get(model).index
+def _check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
+    """Refuse a quantised checkpoint: else its config.json, and tensors of integers."""
+    index, weights = LoaderCache().get(model).index, stored.weights(model)
     try:
         with open(os.path.join(index.base_path, "config.json"), "rb") as file:
             config = json.load(file)
     except (OSError, ValueError):  # transformers says so where it matters
         config = None
-    dtypes = {dtype for dtype, _ in stored.weights(model).values()}
-    scales = _SCALES.search("\n".join(index.tensor_paths))
-    sign = "weights in float8" if any(dtype[:2] == "F8" for dtype in dtypes) else ""
-    if scales:
-        sign = f"tensors named *{scales[0]}"
-    elif isinstance(config, dict) and config.get("quantization_config"):
-        sign = "quantization_config in its config.json"
-    if sign:
+    dtypes = {dtype for dtype, _ in weights.values()}
+    integers = {dtype for dtype in dtypes if dtype[0] in "IUB" and dtype != "BF16"}
+    names = "".join(f"{name}\n" for name in index.tensor_paths)
+    signs = [
+        f"tensors named *{ending.strip()}" for ending in _SCALES if ending in names
+    ]
+    signs += [f"weights in {dtype}" for dtype in dtypes if dtype[:2] == "F8"]
+    if isinstance(config, dict) and config.get("quantization_config"):
+        signs.append("quantization_config in its config.json")
+    if signs:
         raise ConfigError(
-            f"nuslerp: model {model} is quantised: it has {sign}. Quantised weights "
-            "cannot be interpolated. Use the checkpoint that it was made from, or load "
-            "it with transformers, call `model.dequantize()`, and save that."
+            f"nuslerp: model {model} is quantised: it has {signs[0]}. Quantised "
+            "weights cannot be interpolated. Use the checkpoint that it was made from, "
+            "or load it with transformers, call `model.dequantize()`, and save that."
         )
-    return config
+    of_integers = weights.items() if integers else ()
+    return config, {name for name, (dtype, _) in of_integers if dtype in integers}
 
 
-def _check_integers(tensors: Sequence[Planned], models: Sequence[Any]) -> None:
+def _check_integers(tensors: Iterable[Planned], integers: set[str]) -> None:
     """Refuse integers that differ, where a `dtype` would have mergekit cast them."""
-    integers = {
-        name
-        for model in models
-        for name, (dtype, _) in stored.weights(model).items()
-        if dtype[0] in "IUB" and dtype != "BF16"
-    }
     for entry in tensors if integers else ():
         named = [(model, info.name) for model, info in sources(entry.tensors).items()]
         if not integers.isdisjoint(name for _, name in named) and not agree(
@@ -545,10 +532,9 @@ def _check_integers(tensors: Sequence[Planned], models: Sequence[Any]) -> None:
 
 
 def integers_differ(tensor: str) -> str:
-    """The message about integers or booleans that differ between the models."""
     return (
         f"nuslerp: tensor {tensor} holds integers or booleans that differ between the "
-        "models: they cannot be interpolated. Use models that agree in it."
+        "models, and cannot be interpolated. Use models that agree in it."
     )
 
 

@@ -51,8 +51,7 @@ class NuslerpTask(Task[torch.Tensor]):
         name, entry = self.weight_info.name, planned(self)
         if entry is None or len(tensors) == 1:
             # An optional weight that only one of the models has.
-            (only,) = tensors.values()
-            return only
+            return next(iter(tensors.values()))
         parameters.check_models(list(tensors), self.base_model, tensor=name)
         tensors = aligned(self.weight_info, tensors)
         inputs = list(tensors.values())
@@ -117,16 +116,16 @@ def planned(task: Task) -> Optional[Planned]:
     # A weight of the only model that is listed is that model's.
     if not isinstance(task, NuslerpTask) or len(task.tensor_parameters) < 2:
         return None
-    base = str(task.base_model)
+    base = task.base_model
+    path = base and base.model.path
     weights = [
         (model, values["weight"])
         for model, values in task.tensor_parameters.items()
-        if str(model) != base  # as to compare models takes long
+        # As mergekit's own way to compare models takes long.
+        if model.model.path != path or str(model) != str(base)
     ]
     info = task.weight_info
-    return Planned(
-        info.name, task.base_model, task.shared, weights, task.gather_tensors, info
-    )
+    return Planned(info.name, base, task.shared, weights, task.gather_tensors, info)
 
 
 def aligned(
