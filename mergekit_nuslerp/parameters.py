@@ -261,8 +261,7 @@ def check_models(
     """Refuse a merge of fewer than two models besides the base."""
     others = [str(model) for model in models if model != base]
     where, listed = f"in {place}", f"({', '.join(others)})"
-    lacks_base = base is not None and base not in models
-    if lacks_base:
+    if base is not None and base not in models:
         problem = f"the base model {base} is not among the models {listed}"
         remedy = "Add it to the sources, without a weight, or remove `base_model`."
     elif len(others) >= MIN_MODELS:
