@@ -295,8 +295,8 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
     config, modules = planner.config, planner.arch_info.modules
     for module in config.modules or ():
         if module not in modules:
-            theirs = ", ".join(modules)
-            raise ConfigError(f"config: there is no module {module!r}, but {theirs}.")
+            hint = f"in these models. Theirs are {', '.join(modules)}."
+            raise ConfigError(f"config: there is no module {module!r} {hint}")
     for field in ("dtype", "out_dtype"):
         name = getattr(config, field)
         if name and name.removeprefix("torch.") not in _DTYPES:
@@ -488,9 +488,8 @@ def agree(tensors: Iterable[torch.Tensor]) -> bool:
 
 # In the names of tensors, each followed by a line break, of quantised checkpoints.
 _SCALES = (
-    ".weight_scale",
-    ".weight.quant_state",
-    *(".weight.absmax\n", ".qweight\n", ".SCB\n", "_scale_inv\n"),
+    *("_scale_inv\n", ".weight_scale", ".weight.quant_state"),
+    *(".weight.absmax\n", ".qweight\n", ".SCB\n"),
 )
 
 
@@ -508,7 +507,7 @@ def _check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
     signs = [
         f"tensors named *{ending.strip()}" for ending in _SCALES if ending in names
     ]
-    signs += [f"weights in {dtype}" for dtype in dtypes if dtype[:2] == "F8"]
+    signs += [f"float8 ({dtype})" for dtype in dtypes if dtype[:2] == "F8"]
     if isinstance(config, dict) and config.get("quantization_config"):
         signs.append("quantization_config in its config.json")
     if signs:
