@@ -193,9 +193,9 @@ def merge_batch(
                 break
         else:
             _check(inputs, origin, gram, outputs)
-            _check_range(coefficients, outputs, "a coefficient")
+            refuse_infinite(coefficients, outputs, "a coefficient")
         if not chosen.combine(inputs, origin, coefficients, result[part], working):
-            _check_range(result[part], outputs, "the result")
+            refuse_infinite(result[part], outputs, "the result")
         linear.index_add_(0, outputs, (~unique).sum(-1))
     vectors = result.shape[0] * result.shape[2] // max(1, len(shares))
     return Merged(result.view(tensors[0].shape), vectors, linear)
@@ -266,7 +266,7 @@ def _check(
             for output, vectors in zip(outputs.tolist(), tensor.detach()):
                 if not torch.stack(vectors.aminmax()).isfinite().all():
                     raise NonFiniteError(output, index if index < len(inputs) else None)
-        _check_range(gram, outputs, "a squared length")
+        refuse_infinite(gram, outputs, "a squared length")
     if all(tensor.dtype != torch.float64 for tensor in given):
         return  # no squares of theirs are that small
     short = gram.diagonal(dim1=-2, dim2=-1) < _SHORTEST
@@ -288,7 +288,7 @@ def _is_precise(
     return bool(fine & (smallest >= _SQUARES[0]) & (largest <= _SQUARES[1]))
 
 
-def _check_range(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
+def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
     """Raise RangeError if values `(outer, ...)` are not all finite."""
     infinite = ~values.isfinite().flatten(1).all(1)
     if infinite.any():

@@ -78,12 +78,21 @@ def try_merge() -> None:
     try:
         import torch
         from mergekit.architecture import WeightInfo
-        from mergekit.common import ModelReference
+        from mergekit.common import ImmutableMap, ModelReference
+        from mergekit.io.tasks import GatherTensors
 
         models = [ModelReference.model_validate(name) for name in ("a", "b", "base")]
         # Half of the arc from (1, 0) to (0, 1), off the base (4, 4).
         tensors = torch.tensor([(5.0, 4.0), (4.0, 5.0), (4.0, 4.0)])
-        task = adapter().tiny(models, WeightInfo(name="tiny"), 0.5)
+        info, weight = WeightInfo(name="tiny"), ImmutableMap({"weight": 1.0})
+        gather = GatherTensors(weight_info=ImmutableMap(dict.fromkeys(models, info)))
+        task = adapter().make_task(
+            output_weight=info,
+            tensors=gather,
+            parameters=ImmutableMap({"lambda": 0.5}),
+            tensor_parameters=ImmutableMap(dict.fromkeys(models, weight)),
+            base_model=models[2],
+        )
         merged = task.execute(tensors=dict(zip(models, tensors))).tolist()
         reason = f"it merges to {merged}"
         half = 4 + 0.5 * sqrt(0.5)

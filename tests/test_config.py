@@ -227,7 +227,7 @@ def test_a_tensor_that_one_of_three_models_does_not_have(altered, merged):
     two, told = merged({"merge_method": "nuslerp", "models": models[:2]}, folder)
     assert not told
     three, (told,) = merged({"merge_method": "nuslerp", "models": models}, folder)
-    assert_names(told, f"tensor {lacking} is", "without ./kd, which does not have it")
+    assert_names(told, f"tensor {lacking} is", "without ./kd, where it is missing")
     # What is said is what is done.
     same = {name for name in two if three[name].equal(two[name])}
     assert lacking in same
@@ -365,9 +365,9 @@ def test_numbers_as_mergekit_takes_them():
 def test_a_message_without_a_place_is_still_a_sentence():
     with pytest.raises(ConfigError, match="parameter 'weight' is missing, but must"):
         parameters.validate("weight", None)
-    with pytest.raises(ConfigError, match="there are 0"):
+    with pytest.raises(ConfigError, match="besides the base, not 0"):
         parameters.check_models([], None)
-    with pytest.raises(ConfigError, match=r"for tensor q \(a\).*others do not have it"):
+    with pytest.raises(ConfigError, match=r"not 1 \(a\) .* tensor q\. .* same"):
         parameters.check_models(["a"], None, tensor="q")
 
 

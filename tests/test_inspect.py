@@ -50,7 +50,7 @@ from mergekit_nuslerp.inspect import figures as records
 from mergekit_nuslerp.inspect import measure, terminal
 from mergekit_nuslerp.inspect.figures import Inspection, Skipped, TensorGeometry
 from mergekit_nuslerp.inspect.verdict import verdict, warnings
-from mergekit_nuslerp.parameters import ConfigError, Values
+from mergekit_nuslerp.parameters import ConfigError
 
 # Parameters whose values are names, which mergekit 0.1.4 does not take.
 TAKES_NAMES = hasattr(mergekit.merge_methods, "merge_tensors")
@@ -286,8 +286,8 @@ def plan(
     return Planned(
         name=name,
         base=base,
-        models=list(weights),
-        values=Values(tuple(weights.values()), granularity, magnitude, 1.0),
+        shared={"nuslerp_granularity": granularity, "nuslerp_magnitude": magnitude},
+        given=list(weights.items()),
         tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(weights, info))),
         info=info,
     )

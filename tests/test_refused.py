@@ -107,14 +107,15 @@ CONTRADICTIONS = [
 # Of each bad config what its message must name.
 REFUSED = {
     **{
-        weight(value): ("'weight' of model ./kd", given, "finite number, of at most")
+        weight(value): ("'weight' of model ./kd", given, "finite number between")
         for value, given in NO_NUMBERS.items()
     },
     weight("1.0e+301"): ("'weight' of model ./kd", "1e+301"),
     weight("[{filter: mlp, value: 0.4}]"): (
         "'weight'",
         "./kd",
-        "End a list of",
+        "ends with one for all other tensors",
+        "at tensor ",
     ),
     CONFIG.replace("weight: 0.7", ""): ("'weight'", "./kd", "embed_tokens", "missing"),
     CONFIG.replace("    parameters: {weight: 0.7}\n", ""): ("'weight'", "./kd"),
@@ -176,8 +177,12 @@ REFUSED = {
         "under a model" if TYPED else "mergekit==0.1.5",
     ),
     **{
-        text: (f"{name!r}", "outside of `parameters`", f"`{name}")
-        for name in ("nuslerp_magnitude", "nuslerp_flaten", "nuslerp_granularity")
+        text: (f"{name!r}", *said)
+        for name, *said in (
+            ("nuslerp_magnitude", "outside of `parameters`", "`nuslerp_magnitude: "),
+            ("nuslerp_flaten", "'nuslerp_flatten'?", "written under `parameters`"),
+            ("nuslerp_granularity", "outside of `parameters`", "granularity: row`"),
+        )
         for text in (
             f"{CONFIG}{name}: linear\n",
             f"{CONFIG}parameter: {{{name}: linear}}\n",
@@ -187,7 +192,7 @@ REFUSED = {
     # The same name in its place is no excuse.
     f"{shared('nuslerp_flaten: 1')}nuslerp_flaten: 1\n": ("'nuslerp_flaten'",),
     # Models.
-    listing("./sft"): ("Besides the base model ./base there is only ./sft",),
+    listing("./sft"): ("besides the base model ./base there is only ./sft",),
     listing("./sft", "./kd", base="./sft"): ("./sft there is only ./kd",),
     listing("./sft", "./kd", "./kd"): (
         "./kd and ./kd",
@@ -259,7 +264,10 @@ REFUSED = {
         "`slices[0].sources[0].layer_range` is missing",
         "[0, 16]",
     ),
-    slices("./sft ./kd").replace("[0, 2]", "[0]", 1): ("layer_range` is [0]",),
+    slices("./sft ./kd").replace("[0, 2]", "[0]", 1): (
+        "layer_range[1]` is missing",
+        "two whole numbers",
+    ),
     slices("./sft ./kd").replace("[0, 2]", "[0, x]", 1): ("layer_range", "'x'"),
     slices("./sft ./kd").replace("[0, 2]", "all", 1): ("layer_range` is 'all'",),
     "merge_method: nuslerp\nmodules: {vision: {}}\n": ("slices or models",),
@@ -286,8 +294,15 @@ REFUSED = {
     weight(f"'{'long ' * 500}'"): ("'weight' of model ./kd", "long long"),
     **(
         {
-            listing("./sft", base=""): ("there is 1", "(./sft)", "`weight: 0`"),
-            slices("./sft", "./sft ./kd", base=""): ("there is 1", "slices[0]"),
+            listing("./sft", base=""): (
+                "besides the base, not 1",
+                "(./sft)",
+                "`weight: 0`",
+            ),
+            slices("./sft", "./sft ./kd", base=""): (
+                "besides the base, not 1",
+                "slices[0]",
+            ),
         }
         if TYPED
         else {}

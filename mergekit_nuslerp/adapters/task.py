@@ -3,13 +3,12 @@
 
 """The merge method for mergekit 0.1.4: one graph task for each output weight."""
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Optional
 
 import torch
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.base import (
     ConfigParameterDef,
     MergeMethod,
@@ -19,11 +18,12 @@ from mergekit.merge_methods.rectify_embed import rectify_embed_sizes
 
 from mergekit_nuslerp import __version__, parameters
 from mergekit_nuslerp.adapters import planning
+from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.parameters import WORDS
 from mergekit_nuslerp.plugin import announce_merge
 
-# Whether a slice of one model is that model.
-PASSES_ON = True
+# Whether a slice of one model is that model, and whether parameters may be words.
+PASSES_ON, TAKES_WORDS = True, False
 
 
 class NuslerpTask(Task[torch.Tensor]):
@@ -44,72 +44,37 @@ class NuslerpTask(Task[torch.Tensor]):
     def group_label(self) -> Optional[str]:
         return self.gather_tensors.group_label()
 
-    def planned(
-        self,
-        absent: Sequence[ModelReference] = (),
-        shape: Optional[Sequence[int]] = None,
-    ) -> planning.Planned:
-        """How the weight is merged, without the models that do not have it."""
-        base = self.base_model
-        return planning.planned(
-            self.weight_info.name,
-            base,
-            self.shared,
-            [
-                (model, values["weight"])
-                for model, values in self.tensor_parameters.items()
-                # Paths first, as to compare models takes long.
-                if (base is None or model.model.path != base.model.path)
-                or (model != base)
-                if model not in absent
-            ],
-            tensors=self.gather_tensors,
-            info=self.weight_info,
-            shape=shape,
-        )
-
     def execute(  # type: ignore[override]
         self, tensors: Dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> torch.Tensor:
         announce_merge()
-        name = self.weight_info.name
-        if len(tensors) == 1:
+        name, entry = self.weight_info.name, planned(self)
+        if entry is None or len(tensors) == 1:
             # An optional weight that only one of the models has.
-            (only,) = tensors.values()
-            return only
+            return next(iter(tensors.values()))
         parameters.check_models(list(tensors), self.base_model, tensor=name)
-        absent = [model for model in self.tensor_parameters if model not in tensors]
-        parameters.warn_of_absent(absent, name)
         tensors = aligned(self.weight_info, tensors)
         inputs = list(tensors.values())
+        entry.given = [(m, weight) for m, weight in entry.given if m in tensors]
+        planning.check_loaded(entry, inputs[0].shape)
         if planning.agree(inputs):
-            return planning.copied(inputs, None)
+            return inputs[0].clone()
         if not all(tensor.is_floating_point() for tensor in inputs):
             raise ValueError(planning.integers_differ(name))
-        planning.check_shapes(name, self.weight_info, tensors)
-        planned = self.planned(absent, inputs[0].shape)
+        planning.check_shapes(name, tensors)
         one = {model: tensor.unsqueeze(0) for model, tensor in tensors.items()}
-        (merged,) = planning.merge(
-            [planned], [one[model] for model in planned.models], one.get(planned.base)
-        )
-        return merged
+        models = [one[model] for model, _ in entry.given]
+        return planning.merge([entry], models, one.get(entry.base))[0]
 
 
-def _definitions(declared: Mapping[str, Any]) -> List[ConfigParameterDef]:
-    # None of them is required as far as mergekit is concerned: of a missing value our
-    # message can say what to write.
-    return [
-        ConfigParameterDef(
-            name=name, default_value=None if field.is_required() else field.default
-        )
-        for name, field in declared.items()
-        if name not in WORDS
-    ]
-
-
-# Made once, as mergekit asks for them for each weight.
-_SHARED = _definitions(parameters.Shared.model_fields)
-_PER_MODEL = _definitions(parameters.PerModel.model_fields)
+# Made once, as mergekit asks for them for each weight. None of them is required as far
+# as mergekit is concerned: of a missing value our message can say what to write.
+_SHARED = [
+    ConfigParameterDef(name=name, default_value=default)
+    for name, default in parameters.DEFAULTS.items()
+    if name not in WORDS
+]
+_PER_MODEL = [ConfigParameterDef(name=name) for name in parameters.PER_MODEL]
 
 
 class NuslerpMethod(MergeMethod):
@@ -146,11 +111,21 @@ class NuslerpMethod(MergeMethod):
         )
 
 
-def planned(task: Task) -> Optional[planning.Planned]:
+def planned(task: Task) -> Optional[Planned]:
     """What mergekit plans for one weight, None if it is not merged."""
     # A weight of the only model that is listed is that model's.
-    is_merged = isinstance(task, NuslerpTask) and len(task.tensor_parameters) > 1
-    return task.planned() if is_merged else None
+    if not isinstance(task, NuslerpTask) or len(task.tensor_parameters) < 2:
+        return None
+    base = task.base_model
+    path = base and base.model.path
+    weights = [
+        (model, values["weight"])
+        for model, values in task.tensor_parameters.items()
+        # As mergekit's own way to compare models takes long.
+        if model.model.path != path or str(model) != str(base)
+    ]
+    info = task.weight_info
+    return Planned(info.name, base, task.shared, weights, task.gather_tensors, info)
 
 
 def aligned(
@@ -162,19 +137,5 @@ def aligned(
     return dict(zip(tensors, inputs))
 
 
-def tiny(models: List[ModelReference], info: WeightInfo, scale: float) -> Task:
-    """What merges a weight of two models and a base, with equal weights."""
-    return make().make_task(
-        output_weight=info,
-        tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(models, info))),
-        parameters=ImmutableMap({"lambda": scale}),
-        tensor_parameters=ImmutableMap(
-            {model: ImmutableMap({"weight": 1.0}) for model in models}
-        ),
-        base_model=models[2],
-    )
-
-
-def make() -> NuslerpMethod:
-    """The method to put into mergekit's registry."""
-    return NuslerpMethod()
+make = NuslerpMethod
+make_task = make().make_task

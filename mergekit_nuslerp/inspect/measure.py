@@ -28,10 +28,9 @@ from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.merge import _model_out_config
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from safetensors import safe_open
 
 import mergekit_nuslerp
-from mergekit_nuslerp import plugin, register
+from mergekit_nuslerp import plugin, register, stored
 from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.geometry import (
@@ -152,7 +151,7 @@ def _plan(
         ),
     )
     planner.is_inspection = True
-    wanted = planning.filters(planning.settings_of(config))
+    settings = list(planning.settings_of(config))
     tasks, copied = [], []
     for target in planner.plan_to_disk(out_path=""):  # only plans
         if not isinstance(target, SaveTensor):
@@ -164,8 +163,8 @@ def _plan(
             )
         else:
             tasks.append(_Measure(planned=planned))
-    names = {name for task in tasks for name in task.planned.names}
-    return planner, tasks, copied, planning.unmatched(wanted, names)
+    unmatched = planning.unmatched(settings, [task.planned for task in tasks])
+    return planner, tasks, copied, unmatched
 
 
 @contextmanager
@@ -250,9 +249,8 @@ def _check_files(loaders: LoaderCache, model: ModelReference) -> None:
     path, file = str(model.model.path), ""
     try:
         loaders.get(model)
-        for file, keys in planning.shards(model):
-            with safe_open(file, framework="pt") as opened:
-                missing = set(keys) - set(opened.keys())
+        for file, keys in stored.shards(model):
+            missing = set(keys) - stored.header(file).keys()
             if missing:
                 raise ConfigError(f"{min(missing)} is not in it")
     except Exception as error:  # of files, of formats, of networks
@@ -295,7 +293,7 @@ class _Measure(Task[Any]):
             return Skipped(name=planned.name, reason="its numbers are not fractional")
         check_models(list(tensors), planned.base, tensor=planned.name)
         tensors = plugin.adapter().aligned(planned.info, tensors)
-        planning.check_shapes(planned.name, planned.info, tensors)
+        planning.check_shapes(planned.name, tensors)
         shape = next(iter(tensors.values())).shape
         check_block(planned.values.granularity, planned.name, shape)
         try:
@@ -316,7 +314,7 @@ def measure(
         planned: how it is to be merged.
         tensors: of the models and the base, all of one shape.
     """
-    models = [model for model in planned.weights if model in tensors]
+    models = [model for model in _weights(planned) if model in tensors]
     base = None if planned.base is None else tensors[planned.base]
     inputs = [tensors[model] for model in models]
     try:
@@ -324,6 +322,14 @@ def measure(
     except (NonFiniteError, RangeError) as error:
         raise named(error, planned.name, models, planned.base) from None
     return _described(planned, models, inputs, base, grams)
+
+
+def _weights(planned: Planned) -> dict[ModelReference, float]:
+    """Of each model but the base, in the config's order."""
+    # mergekit's mappings of parameters do not keep it.
+    given = [model for model, _ in planned.given]
+    weights = dict(zip(given, planned.values.weights))
+    return {m: weights[m] for m in planning.sources(planned.tensors) if m in weights}
 
 
 def _described(
@@ -339,7 +345,7 @@ def _described(
     count, values = len(models), planned.values
     grams = grams.cpu()
     base_norm = None if base is None else float(gram_matrices([base]).sqrt())
-    given_weights = [planned.weights[model] for model in models]
+    given_weights = [_weights(planned)[model] for model in models]
     weights = normalize_weights(torch.tensor(given_weights, dtype=grams.dtype))
     coefficients, unique = mean_coefficients(grams, weights, magnitude=values.magnitude)
     squares = grams.diagonal(dim1=-2, dim2=-1)
@@ -375,7 +381,7 @@ def _described(
             )
             for index, model in enumerate(models)
         ],
-        absent=[str(model) for model in planned.weights if model not in models],
+        absent=[str(model) for model in _weights(planned) if model not in models],
         pairs=[
             _pair(models, grams, first, second, antipodal_bound(grams.dtype))
             for first, second in combinations(range(count), 2)
