@@ -52,7 +52,8 @@ class ConfigError(ClickException, ValueError):
 
 
 def _named(value: str) -> str:
-    granularity.parse(value)
+    if value != granularity.HEAD:
+        granularity.parse(value)
     if value == granularity.FIRST_DIMENSION:
         raise ValueError("written as flags")
     return value
@@ -86,7 +87,8 @@ class _Named(BaseModel):
     )
     nuslerp_granularity: Annotated[str, AfterValidator(_named)] | None = Field(
         default=None,
-        description=f"one of {', '.join(granularity.NAMES)} with a number for N",
+        description=f"one of {', '.join(granularity.NAMES)}, {granularity.HEAD} with a "
+        "number for N",
         examples=["`nuslerp_granularity: row` under `parameters`"],
     )
     nuslerp_magnitude: Magnitude = Field(
@@ -206,7 +208,7 @@ def choose_granularity(shared: Mapping[str, Any], *, where: str = "") -> str:
         # that one is a *column* of a matrix; `false` along the last, and one is a row.
         by_row = granularity.FIRST_DIMENSION if row_wise else "row"
         return "tensor" if flatten is not False else by_row
-    kind, _ = granularity.parse(named)
+    kind = named if named == granularity.HEAD else granularity.parse(named)[0]
     # mergekit reads `nuslerp_row_wise` only where `nuslerp_flatten` is false.
     against = {
         "nuslerp_flatten": flatten is not None and flatten != (kind == "tensor"),
@@ -293,14 +295,25 @@ def _resolve(
     return Values(tuple(numbers), chosen, values["nuslerp_magnitude"], scale)
 
 
-def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
-    """Refuse a granularity whose blocks do not divide a weight."""
+def check_block(
+    chosen: str,
+    tensor: str | None,
+    shape: Sequence[int],
+    head_size: int | None = None,
+) -> None:
+    """Refuse a granularity whose blocks do not divide a weight.
+
+    Args:
+        head_size: of the models, if it is known.
+    """
     try:
         granularity.vector_view((1, *shape), chosen)
     except ValueError as error:
+        heads = f" A head of these models has {head_size} numbers." if head_size else ""
         raise ConfigError(
             f"nuslerp: {_called(tensor)} has the shape {tuple(shape)}: {error}, or "
             "give weights that it does not fit another granularity with a filter."
+            f"{heads}"
         ) from None
 
 

@@ -128,6 +128,11 @@ class NuslerpMethod(BatchedMergeMethod):
         # A graph task made by hand may leave shared parameters to their defaults.
         parameters = [{**DEFAULTS, **bound} for bound in parameters]
         planned = [_planned(group, bound) for group, bound in zip(groups, parameters)]
+        # As resolved, so that only tensors of one granularity share a batch.
+        parameters = [
+            {**bound, "nuslerp_granularity": entry.values.granularity}
+            for bound, entry in zip(parameters, planned)
+        ]
         results = {
             index: planning.copied(group.tensors, out_dtype or input_dtypes[index])
             for index, group in enumerate(groups)

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
@@ -26,7 +26,9 @@ from mergekit.config import ParameterSetting
 from mergekit.io.tasks import GatherTensors, LoaderCache
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from mergekit_nuslerp import METHODS, parameters, plugin
+from mergekit_nuslerp import METHODS, heads, parameters, plugin
+from mergekit_nuslerp.adapters import tokens
+from mergekit_nuslerp.granularity import HEAD
 from mergekit_nuslerp.kernel import NonFiniteError, RangeError, merge_batch
 from mergekit_nuslerp.messages import brief
 from mergekit_nuslerp.parameters import LOG, ConfigError
@@ -277,6 +279,13 @@ def check_config(
             "nuslerp_row_wise", "without `nuslerp_flatten: false`. Write both."
         )
     configs = {str(model): _check_checkpoint(model) for model in models}
+    tokenizer = config.tokenizer
+    source = config.tokenizer_source if tokenizer is None else tokenizer.source
+    if source is not None:
+        sizes = {model: configs[str(model)].get("vocab_size") for model in models}
+        tokens.check(
+            source, config.base_model, {m: (_folder(m), sizes[m]) for m in models}
+        )
     checked = set()  # as most slices have the same models
     for module, place, inputs, base in _inputs(config):
         key = str(base), *((str(e.model), *(e.parameters or ())) for e in inputs)
@@ -453,12 +462,17 @@ def planned(
     weights = list(weights)
     has_base = base is not None
     values = parameters.resolve(shared, weights, has_base=has_base, tensor=name)
-    # Only a block may not fit, and a file's header takes a while to read.
-    if shape is None and ":" in values.granularity:
-        shape = stored_shape(tensors)
-    if shape is not None:
-        parameters.check_block(values.granularity, name, shape)
     models = [model for model, _ in weights]
+    # Only a block may not fit, and files take a while to read.
+    if ":" in values.granularity or values.granularity == HEAD:
+        shape = stored_shape(tensors) if shape is None else shape
+        configs = {m: config_of(m) for m in (*models, *([base] if has_base else []))}
+        if values.granularity == HEAD:
+            chosen = heads.resolved(str(name), configs, shape)
+            values = replace(values, granularity=chosen)
+        if shape is not None:
+            size = heads.head_size(configs)
+            parameters.check_block(values.granularity, name, shape, size)
     return Planned(name, base, models, values, tensors, info)
 
 
@@ -565,12 +579,8 @@ def _check_checkpoint(model: ModelReference) -> Any:
     """
     index = LoaderCache().get(model).index
     sign = next(filter(_SCALES.search, index.tensor_paths), "")
-    try:
-        with open(os.path.join(index.base_path, "config.json"), "rb") as file:
-            config = json.load(file)
-    except (OSError, ValueError):  # transformers says so where it matters
-        config = {}
-    if isinstance(config, dict) and config.get("quantization_config"):
+    config = config_of(model)
+    if config.get("quantization_config"):
         sign = "quantization_config in its config.json"
     for path, _ in shards(model):
         float8 = [
@@ -584,6 +594,29 @@ def _check_checkpoint(model: ModelReference) -> Any:
             "transformers, `model.dequantize()`, and save that."
         )
     return config
+
+
+def config_of(model: Hashable) -> Mapping[str, Any]:
+    """What the config.json of a model says, nothing where there is none to be read."""
+    # Only checkpoints that are open: callers of mergekit's functions may have none.
+    is_open = model in LoaderCache.loaders
+    path = os.path.join(_folder(model), "config.json") if is_open else ""
+    return _config_at(path, os.stat(path).st_mtime_ns) if os.path.exists(path) else {}
+
+
+def _folder(model: Any) -> str:
+    """Where a checkpoint lies."""
+    return LoaderCache().get(model).index.base_path
+
+
+@lru_cache(maxsize=64)
+def _config_at(path: str, _modified: int) -> Mapping[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            config = json.load(file)
+    except (OSError, ValueError):  # transformers says so where it matters
+        config = None
+    return config if isinstance(config, dict) else {}
 
 
 def _check_integers(planned: Iterable[Planned], models: Iterable[Any]) -> None:

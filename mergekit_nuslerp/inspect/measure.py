@@ -31,7 +31,7 @@ from mergekit.plan import MergePlanner
 from safetensors import safe_open
 
 import mergekit_nuslerp
-from mergekit_nuslerp import plugin, register
+from mergekit_nuslerp import METHODS, plugin, register
 from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.geometry import (
@@ -57,8 +57,6 @@ from mergekit_nuslerp.parameters import (
     named,
 )
 from mergekit_nuslerp.plugin import mergekit_version
-
-OURS = "nuslerp"
 
 # Bins of the angles' histograms.
 _BINS = 40
@@ -100,9 +98,11 @@ def inspect(
     if mergekit_nuslerp.failure:
         raise ConfigError(mergekit_nuslerp.failure)
     method = config.merge_method
+    is_ours = method in METHODS
     with blaming_input():
         # A copy, as mergekit rewrites it while it plans.
-        config = config.model_copy(deep=True) if method == OURS else _as_ours(config)
+        own = config.model_copy(update={"merge_method": METHODS[0]}, deep=True)
+        config = own if is_ours else _as_ours(config)
         options = options or MergeOptions()
         planner, tasks, copied, unmatched = _plan(config, options)
         if progress:
@@ -117,7 +117,7 @@ def inspect(
                 progress(len(found), len(tasks))
     in_order = [found[task.planned.name] for task in tasks]
     tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
-    if method != OURS:
+    if not is_ours:
         tensors = [_without_weights(tensor) for tensor in tensors]
     inspection = Inspection(
         mergekit_nuslerp=mergekit_nuslerp.__version__,
@@ -213,7 +213,7 @@ def _as_ours(config: MergeConfiguration) -> MergeConfiguration:
         for entry in inputs:
             is_origin = has_tasks and entry["model"] == base
             entry["parameters"] = {} if is_origin else {"weight": 1}
-    return MergeConfiguration.model_validate({**content, "merge_method": OURS})
+    return MergeConfiguration.model_validate({**content, "merge_method": METHODS[0]})
 
 
 def _nodes(
