@@ -41,6 +41,7 @@ from mergekit_nuslerp.geometry import (
     sums_to_zero,
 )
 from mergekit_nuslerp.inspect.figures import (
+    QUANTILES,
     Distribution,
     Inspection,
     Pair,
@@ -323,17 +324,6 @@ def measure(
         grams = gram_matrices(inputs, base=base, granularity=planned.values.granularity)
     except (NonFiniteError, RangeError) as error:
         raise named(error, planned.name, models, planned.base) from None
-    return _described(planned, models, inputs, base, grams)
-
-
-def _described(
-    planned: Planned,
-    models: Sequence[ModelReference],
-    inputs: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    grams: torch.Tensor,
-) -> TensorGeometry:
-    """What Gram matrices say about a tensor's merge."""
     given = inputs if base is None else [*inputs, base]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
     count, values = len(models), planned.values
@@ -442,17 +432,7 @@ def _pair(
 
 
 def _distribution(angles: np.ndarray) -> Distribution:
-    smallest, largest = float(angles.min()), float(angles.max())
-    bins = _BINS if largest > smallest else 1
-    p5, p25, p50, p75, p95 = np.quantile(angles, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
-    histogram, _ = np.histogram(angles, bins, (smallest, largest))
-    return Distribution(
-        p5=p5,
-        p25=p25,
-        p50=p50,
-        p75=p75,
-        p95=p95,
-        smallest=smallest,
-        largest=largest,
-        histogram=histogram.tolist(),
-    )
+    values = np.quantile(angles, [*QUANTILES.values()]).tolist()
+    bins = _BINS if values[-1] > values[0] else 1
+    histogram, _ = np.histogram(angles, bins, (values[0], values[-1]))
+    return Distribution(**dict(zip(QUANTILES, values)), histogram=histogram.tolist())
