@@ -54,6 +54,8 @@ _OF_TYPE: dict[str, tuple[_Part, ...]] = {
     ),
 }
 
+_SENSES = frozenset(("vision_config", "audio_config"))
+
 # One vector, where the shape is not known while mergekit plans.
 _VECTORS = re.compile(r"\.bias$|(norm|ln_\w+)\.weight$")
 
@@ -117,7 +119,8 @@ def _granularity(
     attentions = _attentions(config)
     if not attentions:
         raise ValueError("no config.json says how many heads it has, and of what size")
-    if len(attentions) > 1:
+    # The part of a module that sees may leave its heads to a default.
+    if len(attentions) > 1 or not _SENSES.isdisjoint(config):
         raise ValueError("its config.json has heads of several kinds")
     (each,) = attentions
     count = query * each.heads + key * each.shared

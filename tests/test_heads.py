@@ -321,6 +321,7 @@ LLAMA = {"num_attention_heads": 4, "hidden_size": 32, "model_type": "llama"}
         ("visual.patch_embed.proj.weight", (8, 3, 2, 2), LLAMA),
         ("self_attn.q_proj.weight", (64, 32), LLAMA),  # with a gate beside each head
         ("self_attn.o_proj.weight", (32, 64), LLAMA),
+        ("self_attn.q_proj.weight", (32, 32), {**LLAMA, "vision_config": {}}),
         ("self_attn.q_proj.weight", None, {**LLAMA, "head_dim": "wide", "n": [1]}),
         ("self_attn.q_proj.weight", None, {"num_attention_heads": 0, "head_dim": 8}),
     ],
