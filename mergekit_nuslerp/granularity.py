@@ -22,6 +22,9 @@ NAMES = ("tensor", "matrix", "row", "column", "row:N", "column:N")
 # mergekit's `nuslerp_row_wise: true`, for tensors of more than two dimensions too.
 FIRST_DIMENSION = "dim0"
 
+# In configs: for each weight one of the above, as `heads` resolves it.
+HEAD = "head"
+
 
 def parse(granularity: str) -> tuple[str, int]:
     """Split a granularity, or raise ValueError, into its kind and the block's size."""

@@ -58,7 +58,8 @@ class Parameter(NamedTuple):
 
 
 def _named(value: str) -> str:
-    granularity.parse(value)
+    if value != granularity.HEAD:
+        granularity.parse(value)
     if value == granularity.FIRST_DIMENSION:
         raise ValueError("written as flags")
     return value
@@ -74,7 +75,9 @@ PER_MODEL = {
     )
 }
 
-_GRANULARITIES = f"one of {', '.join(granularity.NAMES)} with a number for N"
+_GRANULARITIES = (
+    f"one of {granularity.HEAD}, {', '.join(granularity.NAMES)}, with a number for N"
+)
 
 # With one value for all models.
 SHARED = {
@@ -139,7 +142,7 @@ def choose_granularity(shared: Mapping[str, Any]) -> str:
         # that one is a *column* of a matrix; `false` along the last, and one is a row.
         by_row = granularity.FIRST_DIMENSION if row_wise else "row"
         return "tensor" if flatten is not False else by_row
-    kind, _ = granularity.parse(named)
+    kind = named if named == granularity.HEAD else granularity.parse(named)[0]
     # mergekit reads `nuslerp_row_wise` only where `nuslerp_flatten` is false.
     fitting = {
         "nuslerp_flatten": kind == "tensor",
@@ -192,14 +195,17 @@ def resolve(
     return Values(numbers, chosen, values["nuslerp_magnitude"], scale)
 
 
-def check_block(chosen: str, tensor: str | None, shape: Sequence[int]) -> None:
+def check_block(
+    chosen: str, tensor: str | None, shape: Sequence[int], head_size: int | None = None
+) -> None:
     """Refuse a granularity whose blocks do not divide a weight."""
     try:
         granularity.vector_view((1, *shape), chosen)
     except ValueError as error:
+        heads = f" A head of these models has {head_size} numbers." if head_size else ""
         raise ConfigError(
             f"nuslerp: {called(tensor)} has the shape {tuple(shape)}: {error}, or use "
-            "a filter to give such tensors another granularity."
+            f"a filter to give such tensors another granularity.{heads}"
         ) from None
 
 

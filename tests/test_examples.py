@@ -74,11 +74,11 @@ def _early_and_late(tensor: str) -> Expected:
 
 
 def _heads_and_neurons(tensor: str) -> Expected:
-    granularity = "tensor"
+    granularity = "tensor" if "norm" in tensor else "row"
     if ".self_attn." in tensor:
         granularity = "column:128" if "o_proj" in tensor else "row:128"
-    elif ".mlp." in tensor:
-        granularity = "column" if "down_proj" in tensor else "row"
+    elif "down_proj" in tensor:
+        granularity = "column"
     return Expected((0.3, 0.7), granularity)
 
 

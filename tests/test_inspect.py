@@ -479,6 +479,15 @@ def test_configs_of_other_methods(method: str, small: Path, tmp_path: Path) -> N
     assert f"merge by {method}" in words(text) and "departs" not in text
 
 
+def test_the_other_name_of_the_method(small: Path) -> None:
+    """That of the entry point: the same merge."""
+    config = config_of({"sft": 0.3, "kd": 0.7}, "base", **{"lambda": 0.5})
+    ours = inspect_here(config, small)
+    other = inspect_here({**config, "merge_method": "mergekit_nuslerp"}, small)
+    assert other.method == "mergekit_nuslerp"
+    assert (other.tensors, other.verdict) == (ours.tensors, ours.verdict)
+
+
 def test_a_list_of_checkpoints(small: Path) -> None:
     done = command(small, "sft", "kd", "dpo", "--base", "base", "--json", "-")
     assert done.exit_code == 0, done.stderr
@@ -1327,6 +1336,31 @@ def with_malformed_merges(folder: Path) -> None:
     content = json.loads(path.read_text("utf-8"))
     content["model"]["merges"] = [["a", "b", "c"]]
     path.write_text(json.dumps(content), "utf-8")
+
+
+def with_a_token_beyond(folder: Path) -> None:
+    """One that the other models have an embedding for."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["model"]["vocab"]["a"] = 272
+    path.write_text(json.dumps(content), "utf-8")
+
+
+@pytest.mark.parametrize("source", ["base", "union", "./kd", "./sft"])
+def test_tokens_without_an_embedding(source: str, small: Path, tmp_path: Path) -> None:
+    """Refused while mergekit plans, which would say nothing but a number."""
+    with_a_token_beyond(altered(small, tmp_path, lambda _, weight: weight))
+    text = f"{CONFIG}tokenizer_source: {source}\n"
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    message = r"of model \./kd has the token 'a' at 272, but .* 0 to 271 only\. Write"
+    assert_refused(command(tmp_path, "config.yaml"), message)
+    with working_directory(tmp_path):
+        done = CliRunner().invoke(cli.main, ["run", "config.yaml", "out"])
+    assert done.exit_code == 1
+    assert re.search(message, done.stderr.splitlines()[-1])
+    # Where the merged model does not get the token, nothing is wrong.
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    assert command(tmp_path, "config.yaml").exit_code == 0
 
 
 def in_four_bits(folder: Path) -> None:

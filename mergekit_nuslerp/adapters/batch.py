@@ -30,7 +30,7 @@ from pydantic_core import core_schema
 from mergekit_nuslerp import __version__, parameters
 from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.adapters.planning import Planned
-from mergekit_nuslerp.parameters import DEFAULTS
+from mergekit_nuslerp.parameters import DEFAULTS, WORDS
 from mergekit_nuslerp.plugin import announce_merge
 
 # Whether a slice of one model is that model, and whether parameters may be words.
@@ -117,6 +117,11 @@ class NuslerpMethod(BatchedMergeMethod):
         # A graph task made by hand may leave shared parameters to their defaults.
         parameters = [{**DEFAULTS, **bound} for bound in parameters]
         planned = [_loaded(group, bound) for group, bound in zip(groups, parameters)]
+        # As resolved, so that only tensors of one granularity share a batch.
+        parameters = [
+            {**bound, WORDS[0]: entry.values.granularity}
+            for bound, entry in zip(parameters, planned)
+        ]
         results = {
             index: group.tensors[0].to(out_dtype or dtype, copy=True)
             for index, (group, dtype) in enumerate(zip(groups, input_dtypes))

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce, wraps
+from functools import cached_property, lru_cache, reduce, wraps
 from math import inf
 from operator import getitem
 from typing import Any
@@ -27,8 +27,10 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import GatherTensors, LoaderCache
 from pydantic import ValidationError
 
-from mergekit_nuslerp import METHODS, parameters, plugin, stored
+from mergekit_nuslerp import METHODS, heads, parameters, plugin, stored
+from mergekit_nuslerp.adapters import tokens
 from mergekit_nuslerp.geometry import sums_to_zero
+from mergekit_nuslerp.granularity import HEAD
 from mergekit_nuslerp.kernel import (
     NonFiniteError,
     RangeError,
@@ -181,6 +183,7 @@ class Planned:
     given: Sequence[tuple[Any, Any]]  # each model but the base, and its weight
     tensors: Any = None  # the task that gathers them, where there is a plan
     info: Any = None  # mergekit's WeightInfo
+    shape: Sequence[int] | None = None  # of the loaded weight
 
     @property
     def key(self) -> Hashable:
@@ -192,9 +195,22 @@ class Planned:
     def values(self) -> parameters.Values:
         """The parameters, checked and converted."""
         try:
-            return parameters.resolve(self.shared, self.given, self.base is not None)
+            values = parameters.resolve(self.shared, self.given, self.base is not None)
         except ConfigError as error:
             raise error.at(called(self.name)) from None
+        chosen = values.granularity
+        if chosen != HEAD and ":" not in chosen:
+            return values
+        # Files take a while to read.
+        shape = stored_shape(self.tensors) if self.shape is None else self.shape
+        models = [*(model for model, _ in self.given), self.base]
+        configs = {model: config_of(model) for model in models if model is not None}
+        if chosen == HEAD:
+            chosen = heads.resolved(str(self.name), configs, shape)
+        if shape is not None:
+            size = heads.head_size(configs)
+            parameters.check_block(chosen, self.name, shape, size)
+        return values._replace(granularity=chosen)
 
 
 # The tensors of the latest plan, by name.
@@ -221,12 +237,12 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
         _latest.update((entry.name, entry) for entry in found)
         # Most tensors have the same values.
         distinct = {entry.key: entry for entry in reversed(found)}
-        chosen = [entry.values.granularity for entry in reversed(distinct.values())]
-        # Only a block may not fit.
-        for entry in found if any(":" in name for name in chosen) else ():
-            shape = stored_shape(entry.tensors)
-            if shape is not None:
-                parameters.check_block(entry.values.granularity, entry.name, shape)
+        for entry in reversed(distinct.values()):
+            entry.values  # noqa: B018 (refuses what does not fit)
+        # Blocks may fit one weight and not another.
+        words = {entry.shared.get(WORDS[0]) for entry in distinct.values()}
+        for entry in found if any(":" in (w or "") or w == HEAD for w in words) else ():
+            entry.values  # noqa: B018
         if config.dtype:
             _check_integers(found, integers)
         if not getattr(self, "is_inspection", False):  # which has this in its report
@@ -322,6 +338,7 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
         except ConfigError as error:
             raise error.at(f"the filter {text!r}") if text else error from None
     configs: dict[str, Any] = {}
+    opened: dict[Any, tuple[str, Any]] = {}
     integers: set[str] = set()
     checked = set()  # as most slices have the same models
     first: dict[str, int] = {}
@@ -336,6 +353,10 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
                 if str(model) not in configs:
                     configs[str(model)], found = _check_checkpoint(model)
                     integers |= found
+                    opened[model] = (
+                        _folder(model),
+                        configs[str(model)].get("vocab_size"),
+                    )
         architecture = modules[module or next(iter(modules))].architecture
         _check_layers(place, inputs, architecture.num_layers_config_key(), configs)
         first.setdefault(module, len(inputs))
@@ -347,6 +368,10 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
             f"{lost}, as the first slice has fewer sources than the last. List as many "
             "there, with `weight: 0` for those that are to have no part in it."
         )
+    tokenizer = config.tokenizer
+    source = config.tokenizer_source if tokenizer is None else tokenizer.source
+    if source is not None:
+        tokens.check(source, config.base_model, opened)
     return integers
 
 
@@ -448,6 +473,7 @@ def sources(tensors: Any) -> Mapping[ModelReference, Any]:
 
 def check_loaded(entry: Planned, shape: Sequence[int]) -> None:
     """Check a tensor in its turn, and warn of models of the plan that lack it."""
+    entry.shape = shape
     present = {*(model for model, _ in entry.given), entry.base} - {None}
     planned = _latest.get(entry.name)
     models = set(sources(planned.tensors)) if planned else present
@@ -455,7 +481,7 @@ def check_loaded(entry: Planned, shape: Sequence[int]) -> None:
         absent = " and ".join(sorted(map(str, models - present)))
         message = "is merged without %s, where it is missing"
         parameters.warn_of_tensor(entry.name, message, absent)
-    parameters.check_block(entry.values.granularity, entry.name, shape)
+    entry.values  # noqa: B018 (refuses what does not fit)
 
 
 def check_shapes(name: str, tensors: Mapping[Any, torch.Tensor]) -> None:
@@ -496,11 +522,7 @@ _SCALES = (
 def _check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
     """Refuse a quantised checkpoint: else its config.json, and tensors of integers."""
     index, weights = LoaderCache().get(model).index, stored.weights(model)
-    try:
-        with open(os.path.join(index.base_path, "config.json"), "rb") as file:
-            config = json.load(file)
-    except (OSError, ValueError):  # transformers says so where it matters
-        config = None
+    config = config_of(model)
     dtypes = {dtype for dtype, _ in weights.values()}
     integers = {dtype for dtype in dtypes if dtype[0] in "IUB" and dtype != "BF16"}
     names = "".join(f"{name}\n" for name in index.tensor_paths)
@@ -508,7 +530,7 @@ def _check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
         f"tensors named *{ending.strip()}" for ending in _SCALES if ending in names
     ]
     signs += [f"float8 ({dtype})" for dtype in dtypes if dtype[:2] == "F8"]
-    if isinstance(config, dict) and config.get("quantization_config"):
+    if config.get("quantization_config"):
         signs.append("quantization_config in its config.json")
     if signs:
         raise ConfigError(
@@ -518,6 +540,29 @@ def _check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
         )
     of_integers = weights.items() if integers else ()
     return config, {name for name, (dtype, _) in of_integers if dtype in integers}
+
+
+def config_of(model: Hashable) -> Mapping[str, Any]:
+    """What the config.json of a model says, nothing where there is none to be read."""
+    # Only checkpoints that are open: callers of mergekit's functions may have none.
+    is_open = model in LoaderCache.loaders
+    path = os.path.join(_folder(model), "config.json") if is_open else ""
+    return _config_at(path, os.stat(path).st_mtime_ns) if os.path.exists(path) else {}
+
+
+def _folder(model: Any) -> str:
+    """Where a checkpoint lies."""
+    return LoaderCache().get(model).index.base_path
+
+
+@lru_cache(maxsize=64)
+def _config_at(path: str, _modified: int) -> Mapping[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            config = json.load(file)
+    except (OSError, ValueError):  # transformers says so where it matters
+        config = None
+    return config if isinstance(config, dict) else {}
 
 
 def _check_integers(tensors: Iterable[Planned], integers: set[str]) -> None:

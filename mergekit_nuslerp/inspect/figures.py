@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, Field
 
-_QUANTILES = ("smallest", "p5", "p25", "p50", "p75", "p95", "largest")
+# Quantiles of the angles, and their shares.
+QUANTILES = {
+    "smallest": 0,
+    **{f"p{share}": share / 100 for share in (5, 25, 50, 75, 95)},
+    "largest": 1,
+}
 
 
 class Distribution(BaseModel):
@@ -227,7 +232,7 @@ def _columns() -> Iterator[tuple[str, str]]:
         yield place, "a model"
         for name in _OF_PARTS:
             yield f"{name}_{place}", f"its {Part.model_fields[name].description}"
-    for name in _QUANTILES:
+    for name in QUANTILES:
         meaning = f"{name[1:]} % of the angles between the two are smaller"
         yield f"angle_{name}_degrees", meaning if name[0] == "p" else f"{name} angle"
     for name in ("parallel", "antipodal"):
@@ -262,7 +267,7 @@ def _rows(tensor: TensorGeometry) -> Iterable[dict[str, Any]]:
         for place in ("first", "second"):
             part = part_of(tensor, row[place])
             row |= {f"{name}_{place}": getattr(part, name) for name in _OF_PARTS}
-        for name in _QUANTILES if pair.angle else ():
+        for name in QUANTILES if pair.angle else ():
             row[f"angle_{name}_degrees"] = degrees(getattr(pair.angle, name))
         yield row
 

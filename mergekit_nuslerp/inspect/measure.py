@@ -30,7 +30,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 import mergekit_nuslerp
-from mergekit_nuslerp import plugin, register, stored
+from mergekit_nuslerp import METHODS, plugin, register, stored
 from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.geometry import (
@@ -40,6 +40,7 @@ from mergekit_nuslerp.geometry import (
     sums_to_zero,
 )
 from mergekit_nuslerp.inspect.figures import (
+    QUANTILES,
     Distribution,
     Inspection,
     Pair,
@@ -56,8 +57,6 @@ from mergekit_nuslerp.parameters import (
     named,
 )
 from mergekit_nuslerp.plugin import mergekit_version
-
-OURS = "nuslerp"
 
 # Bins of the angles' histograms.
 _BINS = 40
@@ -99,9 +98,11 @@ def inspect(
     if mergekit_nuslerp.failure:
         raise ConfigError(mergekit_nuslerp.failure)
     method = config.merge_method
+    is_ours = method in METHODS
     with blaming_input():
         # A copy, as mergekit rewrites it while it plans.
-        config = config.model_copy(deep=True) if method == OURS else _as_ours(config)
+        own = config.model_copy(update={"merge_method": METHODS[0]}, deep=True)
+        config = own if is_ours else _as_ours(config)
         options = options or MergeOptions()
         planner, tasks, copied, unmatched = _plan(config, options)
         if progress:
@@ -116,7 +117,7 @@ def inspect(
                 progress(len(found), len(tasks))
     in_order = [found[task.planned.name] for task in tasks]
     tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
-    if method != OURS:
+    if not is_ours:
         tensors = [_without_weights(tensor) for tensor in tensors]
     inspection = Inspection(
         mergekit_nuslerp=mergekit_nuslerp.__version__,
@@ -212,7 +213,7 @@ def _as_ours(config: MergeConfiguration) -> MergeConfiguration:
         for entry in inputs:
             is_origin = has_tasks and entry["model"] == base
             entry["parameters"] = {} if is_origin else {"weight": 1}
-    return MergeConfiguration.model_validate({**content, "merge_method": OURS})
+    return MergeConfiguration.model_validate({**content, "merge_method": METHODS[0]})
 
 
 def _nodes(
@@ -305,6 +306,14 @@ class _Measure(Task[Any]):
             return Skipped(name=planned.name, reason=reason)
 
 
+def _weights(planned: Planned) -> dict[ModelReference, float]:
+    """Of each model but the base, in the config's order."""
+    # mergekit's mappings of parameters do not keep it.
+    given = [model for model, _ in planned.given]
+    weights = dict(zip(given, planned.values.weights))
+    return {m: weights[m] for m in planning.sources(planned.tensors) if m in weights}
+
+
 def measure(
     planned: Planned, tensors: Mapping[ModelReference, torch.Tensor]
 ) -> TensorGeometry:
@@ -321,25 +330,6 @@ def measure(
         grams = gram_matrices(inputs, base=base, granularity=planned.values.granularity)
     except (NonFiniteError, RangeError) as error:
         raise named(error, planned.name, models, planned.base) from None
-    return _described(planned, models, inputs, base, grams)
-
-
-def _weights(planned: Planned) -> dict[ModelReference, float]:
-    """Of each model but the base, in the config's order."""
-    # mergekit's mappings of parameters do not keep it.
-    given = [model for model, _ in planned.given]
-    weights = dict(zip(given, planned.values.weights))
-    return {m: weights[m] for m in planning.sources(planned.tensors) if m in weights}
-
-
-def _described(
-    planned: Planned,
-    models: Sequence[ModelReference],
-    inputs: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    grams: torch.Tensor,
-) -> TensorGeometry:
-    """What Gram matrices say about a tensor's merge."""
     given = inputs if base is None else [*inputs, base]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
     count, values = len(models), planned.values
@@ -448,17 +438,7 @@ def _pair(
 
 
 def _distribution(angles: np.ndarray) -> Distribution:
-    smallest, largest = float(angles.min()), float(angles.max())
-    bins = _BINS if largest > smallest else 1
-    p5, p25, p50, p75, p95 = np.quantile(angles, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
-    histogram, _ = np.histogram(angles, bins, (smallest, largest))
-    return Distribution(
-        p5=p5,
-        p25=p25,
-        p50=p50,
-        p75=p75,
-        p95=p95,
-        smallest=smallest,
-        largest=largest,
-        histogram=histogram.tolist(),
-    )
+    values = np.quantile(angles, [*QUANTILES.values()]).tolist()
+    bins = _BINS if values[-1] > values[0] else 1
+    histogram, _ = np.histogram(angles, bins, (values[0], values[-1]))
+    return Distribution(**dict(zip(QUANTILES, values)), histogram=histogram.tolist())

@@ -73,7 +73,14 @@ def verdict(inspection: Inspection) -> list[Finding]:
     names = short_names(inspection)
     unchanged = list(_unchanged(inspection, names))
     directions = _directions(inspection, tensors, names)
-    return [*directions, *unchanged, *_weights(inspection, tensors, names)]
+    found = [*directions, *unchanged, *_weights(inspection, tensors, names)]
+    for place, finding in enumerate(found):
+        # The same advice once, where it is said last.
+        if finding.lines and finding.lines in (
+            each.lines for each in found[place + 1 :]
+        ):
+            finding.consider = finding.lines = ""
+    return found
 
 
 def _directions(
