@@ -514,7 +514,7 @@ def agree(tensors: Iterable[torch.Tensor]) -> bool:
 
 # In the names of tensors, each followed by a line break, of quantised checkpoints.
 _SCALES = (
-    *("_scale_inv\n", ".weight_scale", ".weight.quant_state"),
+    *("weight_scale_inv\n", "_scale_inv\n", ".weight_scale", ".weight.quant_state"),
     *(".weight.absmax\n", ".qweight\n", ".SCB\n"),
 )
 
