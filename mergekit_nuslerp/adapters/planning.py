@@ -235,14 +235,12 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
         planned = plugin.adapter().planned
         found = [entry for _, task in self._tensors if (entry := planned(task))]
         _latest.update((entry.name, entry) for entry in found)
-        # Most tensors have the same values.
+        # Most tensors have the same values, but blocks may not fit one of them.
         distinct = {entry.key: entry for entry in reversed(found)}
-        for entry in reversed(distinct.values()):
+        words = {str(dict(entry.shared).get(WORDS[0])) for entry in distinct.values()}
+        has_blocks = any(":" in word or word == HEAD for word in words)
+        for entry in found if has_blocks else reversed(distinct.values()):
             entry.values  # noqa: B018 (refuses what does not fit)
-        # Blocks may fit one weight and not another.
-        words = {entry.shared.get(WORDS[0]) for entry in distinct.values()}
-        for entry in found if any(":" in (w or "") or w == HEAD for w in words) else ():
-            entry.values  # noqa: B018
         if config.dtype:
             _check_integers(found, integers)
         if not getattr(self, "is_inspection", False):  # which has this in its report
