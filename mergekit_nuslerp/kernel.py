@@ -35,10 +35,10 @@ from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 _GRAM_ENTRIES = 2**17
 _GROUP_ELEMENTS = 2**22
 
-# What float32 is enough for: squared lengths and coefficients between these, whose
-# products are neither subnormal nor infinite, and vectors that are five degrees or more
-# from opposite, as the inner products of nearer ones feel its rounding.
-_SQUARES = 1e-24, 1e36
+# What float32 is enough for: squared lengths from this one, and coefficients between
+# these, whose products are neither subnormal nor infinite, and vectors that are five
+# degrees or more from opposite, as the inner products of nearer ones feel its rounding.
+_SMALLEST_SQUARE = 1e-24
 _COEFFICIENTS = 1e-18, 1e18
 _NEAR_ANTIPODAL = 4e-3
 # The least squared length in float64 whose terms are not subnormal.
@@ -281,11 +281,12 @@ def _is_precise(
     gram: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
 ) -> bool:
     """Whether float32 is enough for Gram matrices and for what comes of them."""
-    smallest, largest = gram.diagonal(dim1=-2, dim2=-1).aminmax()
+    smallest = gram.diagonal(dim1=-2, dim2=-1).amin()
     sizes = coefficients.abs()
     within = (sizes >= _COEFFICIENTS[0]) & (sizes <= _COEFFICIENTS[1])
     fine = (within | (coefficients == 0)).all() & unique.all()
-    return bool(fine & (smallest >= _SQUARES[0]) & (largest <= _SQUARES[1]))
+    # Of lengths that are infinite, no coefficient is a number.
+    return bool(fine & (smallest >= _SMALLEST_SQUARE))
 
 
 def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:

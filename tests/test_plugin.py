@@ -283,7 +283,7 @@ def test_without_a_seam_tensors_are_checked_in_their_turn(
     done = merge_by(path, checkpoints, tmp_path / "other", scale=".nan")
     assert done.returncode != 0
     assert "parameter 'lambda'" in done.stderr, done.stderr
-    assert ("at tensor model." in done.stderr) == (name == "_plan(")
+    assert ("at tensor " in done.stderr) == (name == "_plan(")
     test = REPOSITORY / "tests/test_config.py::test_mergekit_has_what_is_wrapped"
     words = (sys.executable, "-m", "pytest", "-n", "0", test)
     environment = clean_environment(PYTHONPATH=path)
