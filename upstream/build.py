@@ -45,8 +45,6 @@ class Proposal:
         return sorted(p.relative_to(folder) for p in folder.rglob("*.py"))
 
     def apply(self, tree: Path) -> None:
-        for change in self.changes:
-            change(tree)
         for path in self.files:
             text = (HERE / "files" / f"{self.number:02d}" / path).read_text("utf-8")
             # mergekit's tests have no header.
@@ -55,6 +53,8 @@ class Proposal:
             if new.exists():
                 raise FileExistsError(f"mergekit {VERSION} has a file {path} already")
             new.write_text(filled(text.replace(_OURS, header)), "utf-8")
+        for change in self.changes:
+            change(tree)
 
 
 def edit(path: str, old: str, new: str, *, within: str = "") -> Change:
@@ -71,6 +71,19 @@ def edit(path: str, old: str, new: str, *, within: str = "") -> Change:
             raise LookupError(f"{path} {within} has {part.count(old)} times {old!r}")
         lines[start:end] = [part.replace(old, filled(new))]
         (tree / path).write_text("".join(lines), "utf-8")
+
+    return change
+
+
+def cut(path: str, first: str, behind: str, *, within: str) -> Change:
+    """Leave out lines of a function: from one text up to another."""
+
+    def change(tree: Path) -> None:
+        source = (tree / path).read_text("utf-8")
+        start, _, end = function_lines(source, within)
+        part = "".join(source.splitlines(keepends=True)[start:end])
+        old = part[part.index(first) : part.index(behind)]
+        edit(path, old, "", within=within)(tree)
 
     return change
 

@@ -4,7 +4,8 @@
 """Python source as text: what is taken from the plugin, and where to change a file.
 
 Nothing that the plugin has stands a second time in this folder. A line `# take MODULE:
-NAME, NAME` in one of its files stands for these functions, classes or constants.
+NAME, NAME as OTHER` in one of its files stands for these functions, classes or
+constants, the second under another name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ def filled(text: str) -> str:
     """A text with what it takes from the plugin in place."""
 
     def taken(found: re.Match[str]) -> str:
-        taken = [take(found[1], name.strip()) for name in found[2].split(",")]
+        taken = []
+        for words in found[2].split(","):
+            name, _, other = words.strip().partition(" as ")
+            text = take(found[1], name)
+            taken.append(re.sub(rf"\b{name}\b", other, text) if other else text)
         gap = "\n" * (2 if taken[0].startswith(("def ", "class ")) else 0)
         return gap.join(taken)
 
