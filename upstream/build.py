@@ -145,7 +145,9 @@ def git(tree: Path, *words: str, given: str | None = None) -> str:
         "-c",
         "user.email=authors@mergekit-nuslerp.invalid",
     ]
+    # A checkout may have settings and hooks of its own.
     quiet = ["-c", "commit.gpgsign=false", "-c", "core.autocrlf=false"]
+    quiet += ["-c", "core.hooksPath=/dev/null"]
     return subprocess.run(
         ["git", *identity, *quiet, *words],
         cwd=tree,
@@ -165,6 +167,8 @@ def start(tree: Path) -> None:
 
 def build(tree: Path, proposals: Sequence[Proposal], out: Path) -> list[Path]:
     """Commit the proposals onto a repository, and write them as patches."""
+    if git(tree, "status", "--porcelain"):
+        raise RuntimeError(f"{tree} has changes that are not committed")
     before = git(tree, "rev-parse", "HEAD").strip()
     for proposal in proposals:
         proposal.apply(tree)
@@ -172,6 +176,6 @@ def build(tree: Path, proposals: Sequence[Proposal], out: Path) -> list[Path]:
         message = proposal.text.removeprefix("# ")
         git(tree, "commit", "--quiet", "--cleanup=verbatim", "--file=-", given=message)
     out.mkdir(parents=True, exist_ok=True)
-    options = ["--quiet", "--no-signature", f"--output-directory={out.resolve()}"]
-    git(tree, "format-patch", *options, before)
-    return sorted(out.glob("*.patch"))
+    options = ["--no-signature", f"--output-directory={out.resolve()}"]
+    written = git(tree, "format-patch", *options, before)
+    return [Path(line) for line in written.splitlines()]

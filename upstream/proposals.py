@@ -94,7 +94,8 @@ def _register_entry_point(name: str) -> None:
     method = found[0].load()
     if not isinstance(method, MergeMethod) or method.spec.name != name:
         raise TypeError(f"Entry point {name} is not a merge method {name}: {origins}")
-    register(method)
+    if _METHODS.get(name) is not method:  # its module may have registered it
+        register(method)
 
 
 def registered_methods() -> Tuple[MergeMethod, ...]:
@@ -192,7 +193,8 @@ def nuslerp(
     shares = normalize_weights(torch.tensor(weights, dtype=torch.float64))
 
     def solve(gram, bound):
-        given = shares.to(gram).repeat(gram.shape[2], 1).T
+        given = shares.to(gram).repeat(gram.shape[2], 1).T.unsqueeze(2)
+        given = given.expand_as(gram[0]).flatten(1).view_as(gram[0])
         return mean_coefficients(gram, given, bound)
 
     sizes = vector_view(tensors[0].shape, flatten, row_wise)
@@ -214,6 +216,9 @@ def nuslerp(
         row_wise=nuslerp_row_wise,
     )
 """,
+        ),
+        edit(
+            _SPHERICAL, "# mergekit's bound: weights whose sum", "# Weights whose sum"
         ),
         # What 5 and 8 add to the function.
         edit(
@@ -243,7 +248,9 @@ MANY = Proposal(
         edit(_SPHERICAL, _SLERP_ALONE, _CHOICE, within="mean_coefficients"),
         append(
             _SPHERICAL,
-            "# take geometry: karcher_coefficients, _LogMaps, _product\n",
+            "# take geometry: karcher_coefficients\n\n\n"
+            "# take whole geometry: _LogMaps\n\n\n"
+            "# take geometry: _product\n",
         ),
         edit(
             _NUSLERP,
@@ -298,7 +305,7 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
     alphas = torch.tensor(alphas, dtype=torch.float64)
 
     def solve(gram, bound):
-        gram = gram[..., 0]  # of the only vector
+        gram = gram[..., 0, 0]  # of the only vector
         weights, squares = alphas.to(gram), gram.diagonal()
         # Inputs shorter than tol have no direction, and no share in the mean.
         short = squares <= tol**2
@@ -316,7 +323,7 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
             if square > tol**2:
                 directions = shares / square.sqrt()
         kept = torch.where(short, 0, weights * norms).sum() * directions / norms
-        return torch.where(short, 0, kept).unsqueeze(1), unique
+        return torch.where(short, 0, kept)[:, None, None], unique
 
     return merge_vectors(tensors, None, (1, 1, 1, tensors[0].numel()), solve)
 ''',
@@ -333,6 +340,16 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
             "alphas, max_iter=max_iter, tol=tol)",
             "alphas, tol=tol)",
             within="karcher_merge_method",
+        ),
+        edit(
+            "README.md",
+            "|     2    |  *   | More intuitive SLERP;",
+            "|    ≥2    |  *   | More intuitive SLERP;",
+        ),
+        edit_docs(
+            _GUIDE,
+            "Maximum iterations for the Karcher mean algorithm. Default `10`",
+            "Has no effect; older configs may set it. Default `10`",
         ),
         edit_docs(
             _GUIDE,
@@ -565,6 +582,13 @@ def _parameter_spec(
             "        name=argument.name,\n",
             "        name=_parameter_name(argument.name),\n",
             within="_parameter_spec",
+        ),
+        edit(
+            _EASY,
+            "    Register the returned method explicitly",
+            "    Arguments cannot be keywords of Python: `lambda_` is parameter `lambda`.\n"
+            "    Register the returned method explicitly",
+            within="merge_method",
         ),
         edit(
             _EASY,

@@ -5,7 +5,8 @@
 
 Nothing that the plugin has stands a second time in this folder. A line `# take MODULE:
 NAME, NAME as OTHER` in one of its files stands for these functions, classes or
-constants, the second under another name.
+constants, the second under another name; `# take whole MODULE: NAME` keeps all of the
+docstring, of which mergekit's have little more than the first paragraph.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 from importlib import import_module
 from textwrap import indent
 
-_TAKE = re.compile(r"^# take ([\w.]+): (.+)\n", re.MULTILINE)
+_TAKE = re.compile(r"^# take (whole )?([\w.]+): (.+)\n", re.MULTILINE)
 
 
 def filled(text: str) -> str:
@@ -24,9 +25,9 @@ def filled(text: str) -> str:
 
     def taken(found: re.Match[str]) -> str:
         taken = []
-        for words in found[2].split(","):
+        for words in found[3].split(","):
             name, _, other = words.strip().partition(" as ")
-            text = take(found[1], name)
+            text = take(found[2], name, whole=bool(found[1]))
             taken.append(re.sub(rf"\b{name}\b", other, text) if other else text)
         gap = "\n" * (2 if taken[0].startswith(("def ", "class ")) else 0)
         return gap.join(taken)
@@ -34,10 +35,10 @@ def filled(text: str) -> str:
     return _TAKE.sub(taken, text)
 
 
-def take(module: str, name: str) -> str:
+def take(module: str, name: str, *, whole: bool = False) -> str:
     """The source of something at a module's top level.
 
-    Of docstrings the first paragraph is kept: mergekit's have no more.
+    Of docstrings the first paragraph is kept, if not the whole.
     """
     source = inspect.getsource(import_module(f"mergekit_nuslerp.{module}"))
     lines = source.splitlines(keepends=True)
@@ -52,6 +53,7 @@ def take(module: str, name: str) -> str:
         for inner in ast.walk(node)
         if isinstance(inner, (ast.FunctionDef, ast.ClassDef))
         and ast.get_docstring(inner)
+        and not whole
     ]
     for owner in sorted(owners, key=lambda owner: -owner.lineno):
         docstring = owner.body[0]

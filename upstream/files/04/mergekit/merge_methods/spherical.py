@@ -32,10 +32,11 @@ def merge_vectors(
 
     Tensors have one dtype, and are viewed as `sizes`, (outer, length, inner, width):
     each of the outer * inner vectors runs along length and width. `solve` takes Gram
-    matrices `(N, N, V)` and the 1 + cos(theta) up to which vectors are antipodal, and
-    returns coefficients `(N, V)` and whether there is a unique mean. Work on 16-bit
-    inputs in float32, and in float64 where that is too coarse and on other inputs.
-    Chunking bounds inference scratch, not autograd graphs.
+    matrices `(N, N, outer, inner)` and the 1 + cos(theta) up to which vectors are
+    antipodal, and returns coefficients `(N, outer, inner)` and whether there is a
+    unique mean, `(outer, inner)`. Work on 16-bit inputs in float32, and in float64
+    where that is too coarse and on other inputs. Chunking bounds inference scratch,
+    not autograd graphs.
     """
     views = [x.reshape(sizes) for x in (*tensors, *([] if base is None else [base]))]
     result, count = views[0].new_empty(sizes), len(tensors)
@@ -58,10 +59,11 @@ def merge_vectors(
         for dtype, bound in bounds.items():
             gram = _gram(group, count, dtype, wide, memory)
             coefficients, unique = solve(gram, bound)
-            if dtype == wide or _is_precise(gram.movedim(-1, 0), coefficients, unique):
+            vectors_first = gram.permute(2, 3, 0, 1)
+            if dtype == wide or _is_precise(vectors_first, coefficients, unique):
                 break
-        factors = coefficients.to(dtype).contiguous()
-        factors = factors.view(count, len(group[0]), 1, -1, 1)
+        # Contiguous, since strided factors are slow.
+        factors = coefficients.to(dtype).contiguous()[:, :, None, :, None]
         out = result[rows, :, columns]
         for chunk, vectors, total in _chunks(group, count, dtype, memory):
             for x, factor in zip(vectors, factors[:, chunk[0], :, chunk[2]]):
@@ -77,14 +79,14 @@ def _gram(
     wide: torch.dtype,
     memory: int,
 ) -> torch.Tensor:
-    """Inner products `(N, N, V)` of the differences from the base."""
+    """Inner products `(N, N, outer, inner)` of the differences from the base."""
     pairs = list(combinations_with_replacement(range(count), 2))
     total = given[0].new_zeros(len(pairs), *given[0].shape[::2], dtype=wide)
     for chunk, vectors, _ in _chunks(given, count, dtype, memory):
         terms = [(vectors[i] * vectors[j]).sum((1, 3)) for i, j in pairs]
         total[:, chunk[0], chunk[2]] += torch.stack(terms)
     order = [pairs.index((min(p), max(p))) for p in product(range(count), repeat=2)]
-    return total[order].view(count, count, -1)
+    return total[order].unflatten(0, (count, count))
 
 
 def _chunks(
