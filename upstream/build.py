@@ -166,15 +166,22 @@ def start(tree: Path) -> None:
 
 
 def build(tree: Path, proposals: Sequence[Proposal], out: Path) -> list[Path]:
-    """Commit the proposals onto a repository, and write them as patches."""
-    if git(tree, "status", "--porcelain"):
-        raise RuntimeError(f"{tree} has changes that are not committed")
+    """Commit the proposals onto a clean repository, and write them as patches.
+
+    It is left as it was where one of them does not fit.
+    """
     before = git(tree, "rev-parse", "HEAD").strip()
-    for proposal in proposals:
-        proposal.apply(tree)
+    try:
+        for proposal in proposals:
+            proposal.apply(tree)
+            git(tree, "add", "--all")
+            message = ["--cleanup=verbatim", "--file=-"]
+            text = proposal.text.removeprefix("# ")
+            git(tree, "commit", "--quiet", *message, given=text)
+    except Exception:
         git(tree, "add", "--all")
-        message = proposal.text.removeprefix("# ")
-        git(tree, "commit", "--quiet", "--cleanup=verbatim", "--file=-", given=message)
+        git(tree, "reset", "--quiet", "--hard", before)
+        raise
     out.mkdir(parents=True, exist_ok=True)
     options = ["--no-signature", f"--output-directory={out.resolve()}"]
     written = git(tree, "format-patch", *options, before)

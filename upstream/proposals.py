@@ -348,6 +348,17 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
         ),
         edit_docs(
             _GUIDE,
+            "Relative weighting for each of the two main models. These are used",
+            "Relative weighting for each of the main models. None of more than two may "
+            "be negative. Of two, they are used",
+        ),
+        edit_docs(
+            _GUIDE,
+            "- `tol` (global): Convergence tolerance. Default",
+            "- `tol` (global): Length up to which an input has no direction. Default",
+        ),
+        edit_docs(
+            _GUIDE,
             "Maximum iterations for the Karcher mean algorithm. Default `10`",
             "Has no effect; older configs may set it. Default `10`",
         ),
