@@ -4,8 +4,8 @@
 """Apply the proposals to mergekit one by one, and look at mergekit after each.
 
 Exits with 1 if after one of them a test of mergekit fails, or is not run, that passed
-before it, if one of its own tests does not pass, or if mergekit then merges otherwise
-than the plugin. `--out FOLDER` keeps the patches.
+before it, if one of its own tests does not pass, if a file is not in mergekit's format,
+or if mergekit then merges otherwise than the plugin. `--out FOLDER` keeps the patches.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ from upstream.proposals import PROPOSALS  # noqa: E402
 # What mergekit itself is checked by, apart from the plugin's hook.
 PLAIN = {"MERGEKIT_NUSLERP": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 HERE = Path(__file__).parent
+
+# mergekit 0.1.5 uses Ruff, and used Black and isort before.
+STYLE = (
+    "ruff check --quiet",
+    "ruff format --quiet --check",
+    "black --quiet --check",
+    "isort --quiet --check-only --profile=black",
+)
 
 # After which proposals the questions in `upstream_checks` are asked.
 CHECKS = {"entry_point": (3, 8), "same_bytes": (4, 5, 8), "examples": (8,)}
@@ -66,6 +74,8 @@ def check(tree: Path, number: int, before: dict[str, str]) -> tuple[dict, list[s
     ]
     own = [name for name in after if name not in before]
     wrong += [name for name in own if after[name] != "passed"]
+    files = git(tree, "diff", "--name-only", "HEAD~1", "--", "*.py").split()
+    wrong += [x for x in STYLE if python(tree, "-m", *x.split(), *files)]
     counts = {kind: list(after.values()).count(kind) for kind in after.values()}
     print(f"after proposal {number}: {counts}, {len(own)} tests of its own", flush=True)
     checks = HERE / "upstream_checks.py"

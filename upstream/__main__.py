@@ -7,7 +7,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from upstream.build import build, fetch, start
+from upstream.build import build, fetch, git, start
 from upstream.proposals import PROPOSALS
 
 
@@ -20,11 +20,13 @@ def main() -> None:
     parser.add_argument(
         "--onto",
         type=Path,
-        help="a clean checkout of mergekit to commit them to; without it, they are "
-        "made for its source distribution, which has no docs folder",
+        help="a clean checkout of mergekit to commit them to, on its branch; without "
+        "it, they are made for the source distribution, which has no docs folder",
     )
     given = parser.parse_args()
     if given.onto:
+        if git(given.onto, "status", "--porcelain"):
+            parser.error(f"{given.onto} has changes that are not committed")
         patches = build(given.onto, PROPOSALS, given.out)
     else:
         with tempfile.TemporaryDirectory() as folder:

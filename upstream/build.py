@@ -45,8 +45,6 @@ class Proposal:
         return sorted(p.relative_to(folder) for p in folder.rglob("*.py"))
 
     def apply(self, tree: Path) -> None:
-        for change in self.changes:
-            change(tree)
         for path in self.files:
             text = (HERE / "files" / f"{self.number:02d}" / path).read_text("utf-8")
             # mergekit's tests have no header.
@@ -55,6 +53,8 @@ class Proposal:
             if new.exists():
                 raise FileExistsError(f"mergekit {VERSION} has a file {path} already")
             new.write_text(filled(text.replace(_OURS, header)), "utf-8")
+        for change in self.changes:
+            change(tree)
 
 
 def edit(path: str, old: str, new: str, *, within: str = "") -> Change:
@@ -71,6 +71,19 @@ def edit(path: str, old: str, new: str, *, within: str = "") -> Change:
             raise LookupError(f"{path} {within} has {part.count(old)} times {old!r}")
         lines[start:end] = [part.replace(old, filled(new))]
         (tree / path).write_text("".join(lines), "utf-8")
+
+    return change
+
+
+def cut(path: str, first: str, behind: str, *, within: str) -> Change:
+    """Leave out lines of a function: from one text up to another."""
+
+    def change(tree: Path) -> None:
+        source = (tree / path).read_text("utf-8")
+        start, _, end = function_lines(source, within)
+        part = "".join(source.splitlines(keepends=True)[start:end])
+        old = part[part.index(first) : part.index(behind)]
+        edit(path, old, "", within=within)(tree)
 
     return change
 
@@ -132,7 +145,9 @@ def git(tree: Path, *words: str, given: str | None = None) -> str:
         "-c",
         "user.email=authors@mergekit-nuslerp.invalid",
     ]
+    # A checkout may have settings and hooks of its own.
     quiet = ["-c", "commit.gpgsign=false", "-c", "core.autocrlf=false"]
+    quiet += ["-c", "core.hooksPath=/dev/null"]
     return subprocess.run(
         ["git", *identity, *quiet, *words],
         cwd=tree,
@@ -151,14 +166,23 @@ def start(tree: Path) -> None:
 
 
 def build(tree: Path, proposals: Sequence[Proposal], out: Path) -> list[Path]:
-    """Commit the proposals onto a repository, and write them as patches."""
+    """Commit the proposals onto a clean repository, and write them as patches.
+
+    It is left as it was where one of them does not fit.
+    """
     before = git(tree, "rev-parse", "HEAD").strip()
-    for proposal in proposals:
-        proposal.apply(tree)
+    try:
+        for proposal in proposals:
+            proposal.apply(tree)
+            git(tree, "add", "--all")
+            message = ["--cleanup=verbatim", "--file=-"]
+            text = proposal.text.removeprefix("# ")
+            git(tree, "commit", "--quiet", *message, given=text)
+    except Exception:
         git(tree, "add", "--all")
-        message = proposal.text.removeprefix("# ")
-        git(tree, "commit", "--quiet", "--cleanup=verbatim", "--file=-", given=message)
+        git(tree, "reset", "--quiet", "--hard", before)
+        raise
     out.mkdir(parents=True, exist_ok=True)
-    options = ["--quiet", "--no-signature", f"--output-directory={out.resolve()}"]
-    git(tree, "format-patch", *options, before)
-    return sorted(out.glob("*.patch"))
+    options = ["--no-signature", f"--output-directory={out.resolve()}"]
+    written = git(tree, "format-patch", *options, before)
+    return [Path(line) for line in written.splitlines()]

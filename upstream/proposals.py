@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from upstream.build import Proposal, append, body, edit, edit_docs, replace
+from upstream.build import Proposal, append, body, cut, edit, edit_docs, replace
 
 _METHODS = "mergekit/merge_methods/"
 _NUSLERP = f"{_METHODS}nuslerp.py"
@@ -94,7 +94,8 @@ def _register_entry_point(name: str) -> None:
     method = found[0].load()
     if not isinstance(method, MergeMethod) or method.spec.name != name:
         raise TypeError(f"Entry point {name} is not a merge method {name}: {origins}")
-    register(method)
+    if _METHODS.get(name) is not method:  # its module may have registered it
+        register(method)
 
 
 def registered_methods() -> Tuple[MergeMethod, ...]:
@@ -132,6 +133,13 @@ the group `mergekit.merge_methods`. It leads to what `register` takes.
     ],
 )
 
+# In `mean_coefficients`, of two vectors and of any number of them.
+_SLERP_ALONE = "    directions, unique = _slerp(cosines, weights, bound)\n"
+_CHOICE = (
+    "    mean = _slerp if len(gram) == 2 else karcher_coefficients\n"
+    "    directions, unique = mean(cosines, weights, bound)\n"
+)
+
 EXACT = Proposal(
     4,
     [
@@ -147,9 +155,11 @@ EXACT = Proposal(
             _NUSLERP,
             "from mergekit.merge_methods.easy_define import merge_method\n",
             "from mergekit.merge_methods.easy_define import merge_method\n"
-            "from mergekit.merge_methods.spherical import mean_coefficients, "
-            "normalize_weights\n"
-            "from mergekit.merge_methods.vectors import merge_vectors\n",
+            "from mergekit.merge_methods.spherical import (\n"
+            "    mean_coefficients,\n"
+            "    merge_vectors,\n"
+            "    normalize_weights,\n"
+            ")\n",
         ),
         replace(
             _NUSLERP,
@@ -180,11 +190,12 @@ def nuslerp(
     Weights are relative, and equal where they sum to almost zero. Opposite vectors,
     which have no unique mean, are interpolated linearly.
     """
-    shares = normalize_weights(torch.tensor([weights], dtype=torch.float64))
+    shares = normalize_weights(torch.tensor(weights, dtype=torch.float64))
 
-    def solve(grams, tolerance):
-        given = shares.to(grams.device, grams.dtype).repeat(len(grams), 1, 1)
-        return mean_coefficients(grams, given, antipodal_tolerance=tolerance)
+    def solve(gram, bound):
+        given = shares.to(gram).repeat(gram.shape[2], 1).T.unsqueeze(2)
+        given = given.expand_as(gram[0]).flatten(1).view_as(gram[0])
+        return mean_coefficients(gram, given, bound)
 
     sizes = vector_view(tensors[0].shape, flatten, row_wise)
     return merge_vectors(tensors, base, sizes, solve)
@@ -206,6 +217,23 @@ def nuslerp(
     )
 """,
         ),
+        edit(
+            _SPHERICAL, "# mergekit's bound: weights whose sum", "# Weights whose sum"
+        ),
+        # What 5 and 8 add to the function.
+        edit(
+            _SPHERICAL,
+            "weights: torch.Tensor, magnitude: Magnitude, bound: float\n",
+            "weights: torch.Tensor, bound: float\n",
+            within="mean_coefficients",
+        ),
+        edit(_SPHERICAL, _CHOICE, _SLERP_ALONE, within="mean_coefficients"),
+        cut(
+            _SPHERICAL,
+            "    if magnitude !=",
+            "    return torch.where(unique",
+            within="mean_coefficients",
+        ),
     ],
 )
 
@@ -214,33 +242,15 @@ MANY = Proposal(
     [
         edit(
             _SPHERICAL,
-            "\n\ndef normalize_weights(",
-            "# take geometry: _MAX_STEPS\n\n\ndef normalize_weights(",
+            "\n\ndef merge_vectors(",
+            "# take geometry: _MAX_STEPS\n\n\ndef merge_vectors(",
         ),
-        edit(
-            _SPHERICAL,
-            '''\
-    """Coefficients of two vectors in their SLERP, linear where they are antipodal.
-
-    A zero vector counts as orthogonal to the other one.
-''',
-            '''\
-    """Coefficients of vectors in their mean, linear where there is no unique one.
-
-    A zero vector counts as orthogonal to the others.
-''',
-            within="mean_coefficients",
-        ),
-        edit(
-            _SPHERICAL,
-            "    directions, unique = _slerp(cosines, weights, bound)\n",
-            "    mean = _slerp if len(gram) == 2 else karcher_coefficients\n"
-            "    directions, unique = mean(cosines, weights, bound)\n",
-            within="mean_coefficients",
-        ),
+        edit(_SPHERICAL, _SLERP_ALONE, _CHOICE, within="mean_coefficients"),
         append(
             _SPHERICAL,
-            "# take geometry: karcher_coefficients, _LogMaps, _product\n",
+            "# take geometry: karcher_coefficients\n\n\n"
+            "# take whole geometry: _LogMaps\n\n\n"
+            "# take geometry: _product\n",
         ),
         edit(
             _NUSLERP,
@@ -280,11 +290,10 @@ MANY = Proposal(
             """\
 from mergekit.merge_methods.easy_define import merge_method
 from mergekit.merge_methods.spherical import (
-    antipodal_bound,
     karcher_coefficients,
+    merge_vectors,
     normalize_weights,
 )
-from mergekit.merge_methods.vectors import merge_vectors
 """,
         ),
         replace(
@@ -295,8 +304,8 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
     """Compute a weighted Karcher mean on the unit hypersphere."""
     alphas = torch.tensor(alphas, dtype=torch.float64)
 
-    def solve(gram, antipodal_tolerance):
-        gram = gram[0, 0]  # of the only vector
+    def solve(gram, bound):
+        gram = gram[..., 0, 0]  # of the only vector
         weights, squares = alphas.to(gram), gram.diagonal()
         # Inputs shorter than tol have no direction, and no share in the mean.
         short = squares <= tol**2
@@ -305,7 +314,6 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
         cosines = gram / norms / norms.unsqueeze(1)
         cosines = torch.where(short | short.unsqueeze(1), identity, cosines)
         shares = normalize_weights(torch.where(short, 0, weights))
-        bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
         directions, unique = karcher_coefficients(cosines, shares, bound)
         if not unique:
             # Take the direction of the weighted sum or, where inputs cancel, that of
@@ -315,7 +323,7 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
             if square > tol**2:
                 directions = shares / square.sqrt()
         kept = torch.where(short, 0, weights * norms).sum() * directions / norms
-        return torch.where(short, 0, kept).expand(1, 1, -1), unique
+        return torch.where(short, 0, kept)[:, None, None], unique
 
     return merge_vectors(tensors, None, (1, 1, 1, tensors[0].numel()), solve)
 ''',
@@ -332,6 +340,27 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
             "alphas, max_iter=max_iter, tol=tol)",
             "alphas, tol=tol)",
             within="karcher_merge_method",
+        ),
+        edit(
+            "README.md",
+            "|     2    |  *   | More intuitive SLERP;",
+            "|    ≥2    |  *   | More intuitive SLERP;",
+        ),
+        edit_docs(
+            _GUIDE,
+            "Relative weighting for each of the two main models. These are used",
+            "Relative weighting for each of the main models. None of more than two may "
+            "be negative. Of two, they are used",
+        ),
+        edit_docs(
+            _GUIDE,
+            "- `tol` (global): Convergence tolerance. Default",
+            "- `tol` (global): Length up to which an input has no direction. Default",
+        ),
+        edit_docs(
+            _GUIDE,
+            "Maximum iterations for the Karcher mean algorithm. Default `10`",
+            "Has no effect; older configs may set it. Default `10`",
         ),
         edit_docs(
             _GUIDE,
@@ -567,6 +596,13 @@ def _parameter_spec(
         ),
         edit(
             _EASY,
+            "    Register the returned method explicitly",
+            "    Arguments cannot be keywords of Python: `lambda_` is parameter `lambda`.\n"
+            "    Register the returned method explicitly",
+            within="merge_method",
+        ),
+        edit(
+            _EASY,
             "    wrapper = BatchedMergeMethod if batched else FunctionalGroupMergeMethod\n"
             "    return wrapper(spec, func)\n",
             """\
@@ -589,22 +625,18 @@ def _parameter_spec(
         ),
         edit(
             _SPHERICAL,
-            "\n\ndef normalize_weights(",
-            "# take geometry: Magnitude, _MOST_ENTRIES\n\n\ndef normalize_weights(",
+            "\n\ndef merge_vectors(",
+            "# take geometry: Magnitude\n\n\ndef merge_vectors(",
         ),
         replace(
             _SPHERICAL,
             "mean_coefficients",
-            "# take geometry: mean_coefficients, _mean, _mean_length\n",
+            "# take geometry: _mean as mean_coefficients, _mean_length\n",
         ),
         edit(
             _NUSLERP,
-            "spherical import mean_coefficients, normalize_weights\n",
-            "spherical import (\n"
-            "    Magnitude,\n"
-            "    mean_coefficients,\n"
-            "    normalize_weights,\n"
-            ")\n",
+            "spherical import (\n",
+            "spherical import (\n    Magnitude,\n",
         ),
         edit(
             _NUSLERP,
@@ -625,12 +657,9 @@ def _parameter_spec(
         ),
         edit(
             _NUSLERP,
-            "        return mean_coefficients(grams, given, antipodal_tolerance=tolerance)"
-            "\n",
+            "        return mean_coefficients(gram, given, bound)\n",
             """\
-        coefficients, unique = mean_coefficients(
-            grams, given, magnitude=magnitude, antipodal_tolerance=tolerance
-        )
+        coefficients, unique = mean_coefficients(gram, given, magnitude, bound)
         return lambda_ * coefficients, unique
 """,
             within="nuslerp",

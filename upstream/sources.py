@@ -4,7 +4,9 @@
 """Python source as text: what is taken from the plugin, and where to change a file.
 
 Nothing that the plugin has stands a second time in this folder. A line `# take MODULE:
-NAME, NAME` in one of its files stands for these functions, classes or constants.
+NAME, NAME as OTHER` in one of its files stands for these functions, classes or
+constants, the second under another name; `# take whole MODULE: NAME` keeps all of the
+docstring, of which mergekit's have little more than the first paragraph.
 """
 
 from __future__ import annotations
@@ -15,24 +17,28 @@ import re
 from importlib import import_module
 from textwrap import indent
 
-_TAKE = re.compile(r"^# take ([\w.]+): (.+)\n", re.MULTILINE)
+_TAKE = re.compile(r"^# take (whole )?([\w.]+): (.+)\n", re.MULTILINE)
 
 
 def filled(text: str) -> str:
     """A text with what it takes from the plugin in place."""
 
     def taken(found: re.Match[str]) -> str:
-        taken = [take(found[1], name.strip()) for name in found[2].split(",")]
+        taken = []
+        for words in found[3].split(","):
+            name, _, other = words.strip().partition(" as ")
+            text = take(found[2], name, whole=bool(found[1]))
+            taken.append(re.sub(rf"\b{name}\b", other, text) if other else text)
         gap = "\n" * (2 if taken[0].startswith(("def ", "class ")) else 0)
         return gap.join(taken)
 
     return _TAKE.sub(taken, text)
 
 
-def take(module: str, name: str) -> str:
+def take(module: str, name: str, *, whole: bool = False) -> str:
     """The source of something at a module's top level.
 
-    Of docstrings the first paragraph is kept: mergekit's have no more.
+    Of docstrings the first paragraph is kept, if not the whole.
     """
     source = inspect.getsource(import_module(f"mergekit_nuslerp.{module}"))
     lines = source.splitlines(keepends=True)
@@ -47,6 +53,7 @@ def take(module: str, name: str) -> str:
         for inner in ast.walk(node)
         if isinstance(inner, (ast.FunctionDef, ast.ClassDef))
         and ast.get_docstring(inner)
+        and not whole
     ]
     for owner in sorted(owners, key=lambda owner: -owner.lineno):
         docstring = owner.body[0]

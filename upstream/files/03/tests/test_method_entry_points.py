@@ -11,13 +11,15 @@ from mergekit.merge_methods import TensorGroup, merge_method, merge_tensors, reg
 
 CODE = """
 import torch
-from mergekit.merge_methods import TensorGroup, merge_method
+from mergekit.merge_methods import TensorGroup, merge_method, register
 
 @merge_method(name="{name}")
 def method(group: TensorGroup, scale: float = 1.0) -> torch.Tensor:
     return scale * group.tensors[0]
 
 not_a_method = 1
+if {registers}:
+    register(method)
 """
 
 
@@ -26,11 +28,12 @@ def install(tmp_path, monkeypatch):
     """Make a package with one method and one entry point, and forget it afterwards."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
-    def install(package, point, value="method", name=None):
+    def install(package, point, value="method", name=None, registers=False):
         folder = tmp_path / package
         info = folder / f"{package}-1.0.dist-info"
         info.mkdir(parents=True)
-        (folder / f"{package}.py").write_text(CODE.format(name=name or point))
+        code = CODE.format(name=name or point, registers=registers)
+        (folder / f"{package}.py").write_text(code)
         (info / "METADATA").write_text(f"Name: {package}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(
             f"[mergekit.merge_methods]\n{point} = {package}:{value}\n"
@@ -64,6 +67,11 @@ def test_a_registered_method_comes_before_an_entry_point(install):
     install("mine_package", "mine")
     merge_methods.register(mine)
     assert merge_methods.get("mine") is mine
+
+
+def test_a_package_may_register_its_method_when_it_is_imported(install):
+    install("eager_package", "eager", registers=True)
+    assert merge_methods.get("eager").spec.name == "eager"
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def test_chunks_change_nothing(monkeypatch, flatten, row_wise, has_base):
     tensors, base = [a, b], base if has_base else None
     options = {"nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
     whole = merge(tensors, [0.3, 0.7], base, **options)
-    monkeypatch.setattr("mergekit.merge_methods.vectors._BYTES_CPU", 200)
-    monkeypatch.setattr("mergekit.merge_methods.vectors._GROUP_ELEMENTS", 24)
+    monkeypatch.setattr("mergekit.merge_methods.spherical._BYTES_CPU", 200)
+    monkeypatch.setattr("mergekit.merge_methods.spherical._GROUP_ELEMENTS", 24)
     torch.testing.assert_close(merge(tensors, [0.3, 0.7], base, **options), whole)
 
 

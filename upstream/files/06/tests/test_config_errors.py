@@ -69,9 +69,7 @@ def test_what_is_not_read_is_named(models, caplog):
             assert caplog.messages.count(expected) == 1
 
 
-@pytest.mark.parametrize("place", ["top", "model"])
-def test_what_is_read_is_not_warned_of(models, caplog, place):
-    weight = {"weight": 1}
+def test_what_is_read_is_not_warned_of(models, caplog):
     with caplog.at_level(logging.WARNING):
-        plan(models, parameters={**weight, "nuslerp_flatten": False})
+        plan(models, parameters={"weight": 1, "nuslerp_flatten": False})
     assert "does not read" not in caplog.text

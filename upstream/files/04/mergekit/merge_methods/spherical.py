@@ -1,45 +1,109 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""Spherical means from inner products.
+"""Merge vectors by spherical means of their directions.
 
-The mean of directions lies in their span, so its coefficients depend on their Gram
-matrix alone. All tensors here are small, one N x N matrix for each vector.
+A mean lies in the span of its inputs, so its coefficients depend on their Gram matrix
+alone: one pass over the vectors takes inner products, a second one combines. Small
+tensors go without PyTorch's `sqrt`, `sin`, `acos` and `@`, which wait for threads.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations_with_replacement, product
 
 import torch
 
 # take geometry: MIN_WEIGHT_SUM, _GRAM_ROUNDING
+# take passes.portable: _BYTES_CPU, _BYTES_ELSEWHERE
+# take kernel: _GRAM_ENTRIES, _GROUP_ELEMENTS, _SQUARES, _COEFFICIENTS, _NEAR_ANTIPODAL
 
 
-# take geometry: normalize_weights
+def merge_vectors(
+    tensors: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    sizes: Sequence[int],
+    solve: Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Merge into base + sum of c_i (v_i - base), with coefficients for each vector.
 
-
-def mean_coefficients(
-    gram: torch.Tensor, weights: torch.Tensor, *, antipodal_tolerance: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coefficients of two vectors in their SLERP, linear where they are antipodal.
-
-    A zero vector counts as orthogonal to the other one.
+    Tensors have one dtype, and are viewed as `sizes`, (outer, length, inner, width):
+    each of the outer * inner vectors runs along length and width. `solve` takes Gram
+    matrices `(N, N, outer, inner)` and the 1 + cos(theta) up to which vectors are
+    antipodal, and returns coefficients `(N, outer, inner)` and whether there is a
+    unique mean, `(outer, inner)`. Work on 16-bit inputs in float32, and in float64
+    where that is too coarse and on other inputs. Chunking bounds inference scratch,
+    not autograd graphs.
     """
-    bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
-    # Inputs first, so that sums over them run along memory.
-    weights = weights.expand(gram.shape[:-1]).movedim(-1, 0)
-    gram = gram.movedim((-2, -1), (0, 1))
-    zero = gram.diagonal() == 0
-    unit = torch.diag_embed(zero.to(gram.dtype), dim1=0, dim2=1)
-    zero = zero.movedim(-1, 0)
-    # Replaced *before* the formula is taken: selecting afterwards would still leave NaN
-    # in the derivative.
-    gram = gram.masked_fill(zero | zero.unsqueeze(1), 0) + unit
-    lengths = _sqrt(gram.diagonal().movedim(-1, 0))
-    cosines = gram / lengths / lengths.unsqueeze(1)
-    directions, unique = _slerp(cosines, weights, bound)
-    return torch.where(unique, directions, weights).movedim(0, -1), unique
+    views = [x.reshape(sizes) for x in (*tensors, *([] if base is None else [base]))]
+    result, count = views[0].new_empty(sizes), len(tensors)
+    if not result.numel():
+        return result.reshape(tensors[0].shape)
+    recorded = torch.is_grad_enabled() and any(view.requires_grad for view in views)
+    # Apple's GPUs have no float64.
+    wide = torch.float32 if result.device.type == "mps" else torch.float64
+    narrow = torch.float32 if result.dtype.itemsize == 2 and not recorded else wide
+    bounds = {narrow: _NEAR_ANTIPODAL, wide: _GRAM_ROUNDING * torch.finfo(wide).eps}
+    outers, length, inners, width = sizes
+    most = max(1, _GRAM_ENTRIES // count**2)
+    near = max(1, _GROUP_ELEMENTS // (length * inners * width))
+    steps = min(near, max(1, most // inners)), most
+    memory = _BYTES_CPU if result.device.type == "cpu" else _BYTES_ELSEWHERE
+    if recorded:  # autograd would copy the whole gradient for each part
+        steps, memory = (outers, inners), sys.maxsize
+    for rows, columns in product(slices(outers, steps[0]), slices(inners, steps[1])):
+        group = [view[rows, :, columns] for view in views]
+        for dtype, bound in bounds.items():
+            gram = _gram(group, count, dtype, wide, memory)
+            coefficients, unique = solve(gram, bound)
+            vectors_first = gram.permute(2, 3, 0, 1)
+            if dtype == wide or _is_precise(vectors_first, coefficients, unique):
+                break
+        # Contiguous, since strided factors are slow.
+        factors = coefficients.to(dtype).contiguous()[:, :, None, :, None]
+        out = result[rows, :, columns]
+        for chunk, vectors, total in _chunks(group, count, dtype, memory):
+            for x, factor in zip(vectors, factors[:, chunk[0], :, chunk[2]]):
+                total = x * factor if total is None else total.addcmul(x, factor)
+            out[chunk] = total
+    return result.reshape(tensors[0].shape)
 
 
-# take geometry: _slerp, _sqrt, antipodal_bound
+def _gram(
+    given: Sequence[torch.Tensor],
+    count: int,
+    dtype: torch.dtype,
+    wide: torch.dtype,
+    memory: int,
+) -> torch.Tensor:
+    """Inner products `(N, N, outer, inner)` of the differences from the base."""
+    pairs = list(combinations_with_replacement(range(count), 2))
+    total = given[0].new_zeros(len(pairs), *given[0].shape[::2], dtype=wide)
+    for chunk, vectors, _ in _chunks(given, count, dtype, memory):
+        terms = [(vectors[i] * vectors[j]).sum((1, 3)) for i, j in pairs]
+        total[:, chunk[0], chunk[2]] += torch.stack(terms)
+    order = [pairs.index((min(p), max(p))) for p in product(range(count), repeat=2)]
+    return total[order].unflatten(0, (count, count))
+
+
+def _chunks(
+    given: Sequence[torch.Tensor], count: int, dtype: torch.dtype, memory: int
+) -> Iterator[tuple]:
+    """Yield where a chunk is, the differences from the base, and the base if any."""
+    most = max(1, memory // dtype.itemsize // (len(given) + 1))
+    for chunk in pieces(given[0].shape, most):
+        vectors = [tensor[chunk].to(dtype) for tensor in given]
+        base = vectors.pop() if len(given) > count else None
+        yield chunk, vectors if base is None else [x - base for x in vectors], base
+
+
+# take granularity: pieces, slices
+
+
+# take kernel: _is_precise
+
+
+# take geometry: normalize_weights, _mean as mean_coefficients, _slerp, _sqrt
