@@ -22,7 +22,7 @@ import torch
 
 Magnitude = Literal["slerp", "linear", "geometric"]
 
-# mergekit's bound: weights whose sum is smaller cannot be normalised.
+# Weights whose sum is smaller cannot be normalised.
 MIN_WEIGHT_SUM = 1e-6
 
 # Rounding of a Gram matrix, in units of its dtype's precision: a cosine that is closer
@@ -86,7 +86,7 @@ def mean_coefficients(
     bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
     # Models first, so that sums over them run along memory.
     matrices = gram.movedim((-2, -1), (0, 1)).reshape(count, count, -1)
-    shares = weights.expand(shape).movedim(-1, 0).reshape(count, -1)
+    shares = weights.expand(shape).movedim(-1, 0).reshape(count, -1).contiguous()
     most = max(1, _MOST_ENTRIES // (count * (count + 1)))
     parts = zip(matrices.split(most, -1), shares.split(most, -1))
     means = [_mean(*part, magnitude, bound) for part in parts]
@@ -102,7 +102,7 @@ def antipodal_bound(dtype: torch.dtype) -> float:
 def _mean(
     gram: torch.Tensor, weights: torch.Tensor, magnitude: Magnitude, bound: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coefficients `(N, V)` from matrices `(N, N, V)` and weights `(N, V)`."""
+    """`(N, ...)` coefficients of `(N, N, ...)` Grams, linear without a unique mean."""
     zero = gram.diagonal() == 0
     unit = torch.diag_embed(zero.to(gram.dtype), dim1=0, dim2=1)
     zero = zero.movedim(-1, 0)
@@ -194,7 +194,7 @@ def karcher_coefficients(
                 break
             # Each by itself, so that a vector comes out the same in any company.
             point = torch.where(converged, point, at.mean + at.newton_step())
-        # Where vectors all but cancel, rounding may keep a mean from converging fully.
+        # Half of the digits will do, as rounding keeps more from vectors that cancel.
         unique &= (residual <= epsilon**0.5) & (at.length() <= epsilon ** (2 / 3))
         largest = min((2 * bound) ** -0.5, epsilon ** (-1 / 6))
         unique &= (at.smallest > 0) & (at.solution.amax(0) <= largest)
@@ -224,11 +224,11 @@ class _LogMaps:
         length = _sqrt((point * x).sum(0))
         self.mean, x = point / length, x / length
         bound = 1 - 4 * torch.finfo(x.dtype).eps
-        at = x.detach().clamp(-bound, bound)
-        sine = _sqrt((1 - at) * (1 + at))
-        ratio = torch.atan2(sine, at) / sine
+        cosine = x.detach().clamp(-bound, bound)
+        sine = _sqrt((1 - cosine) * (1 + cosine))
+        ratio = torch.atan2(sine, cosine) / sine
         # The derivative of -ratio. Autograd's own would lose its digits near x = 1.
-        self.slope = (1 - at * ratio) / sine.square()
+        self.slope = (1 - cosine * ratio) / sine.square()
         if x.requires_grad:
             ratio = ratio - self.slope * (x - x.detach())
         pull = weights * ratio
@@ -253,7 +253,7 @@ class _LogMaps:
             smallest = torch.maximum(self.smallest, 0.1 * self.length())
             hessian.diagonal().add_(smallest.unsqueeze(-1))
         # Gauss-Jordan elimination for all vectors at once, which drops a column a step.
-        # PyTorch's own takes them one by one and waits for threads.
+        # PyTorch's own waits for threads. No pivoting: the next step mends rounding.
         rows = torch.cat([hessian, self.total.unsqueeze(1)], 1)
         for pivot in range(len(rows)):
             row = rows[pivot, 1:] / rows[pivot, 0]

@@ -193,8 +193,7 @@ def nuslerp(
     shares = normalize_weights(torch.tensor(weights, dtype=torch.float64))
 
     def solve(gram, bound):
-        given = shares.to(gram).repeat(gram.shape[2], 1).T.unsqueeze(2)
-        given = given.expand_as(gram[0]).flatten(1).view_as(gram[0])
+        given = shares.to(gram)[:, None, None].repeat(1, *gram.shape[2:])
         return mean_coefficients(gram, given, bound)
 
     sizes = vector_view(tensors[0].shape, flatten, row_wise)
@@ -216,9 +215,6 @@ def nuslerp(
         row_wise=nuslerp_row_wise,
     )
 """,
-        ),
-        edit(
-            _SPHERICAL, "# mergekit's bound: weights whose sum", "# Weights whose sum"
         ),
         # What 5 and 8 add to the function.
         edit(

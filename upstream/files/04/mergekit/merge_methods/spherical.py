@@ -19,7 +19,7 @@ import torch
 
 # take geometry: MIN_WEIGHT_SUM, _GRAM_ROUNDING
 # take passes.portable: _BYTES_CPU, _BYTES_ELSEWHERE
-# take kernel: _GRAM_ENTRIES, _GROUP_ELEMENTS, _SQUARES, _COEFFICIENTS, _NEAR_ANTIPODAL
+# take kernel: _GRAM_ENTRIES, _GROUP_ELEMENTS, _SMALLEST_SQUARE, _COEFFICIENTS, _NEAR_ANTIPODAL
 
 
 def merge_vectors(
