@@ -292,7 +292,8 @@ def first_hour(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("first hour")
     for name in (*MODELS, "dpo"):
         (folder / name).symlink_to(checkpoints / name)
-    (folder / "config.yaml").write_text(_blocks("yaml")[0], encoding="utf-8")
+    for name in ("config.yaml", "merge.yaml"):
+        (folder / name).write_text(_blocks("yaml")[0], encoding="utf-8")
     return folder
 
 
@@ -308,7 +309,7 @@ def test_documented_command(line: str, first_hour: Path) -> None:
         extras = re.findall(r"\[(\w+)\]", line)
         project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
         assert all(f"\n{extra} = [" in project for extra in extras)
-    elif line == "pytest" or " demo " in line:
+    elif line in ("pytest", "cd play") or " demo " in line:
         return
     else:
         scripts = sysconfig.get_path("scripts")

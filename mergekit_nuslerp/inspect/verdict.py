@@ -185,7 +185,8 @@ def _weights(
         yield Finding(
             kind="as_weighted",
             models=list(parts),
-            text=f"Each model counts for as much as its weight says ({shares}).",
+            text="In the median each model counts for as much as its weight says "
+            f"({shares}).",
         )
         return
     ratio = median(tensor.norm_ratio or 1 for tensor in full)
@@ -194,7 +195,7 @@ def _weights(
         models=[most],
         text=f"{names[most]} dominates: at a weight of {weight:.2g} it gets {got:.2g}, "
         f"since {vectors(full)} differ in length (by a factor of {figure(ratio)}) and "
-        "slerp weighs them as long as they are.",
+        "slerp gives longer ones more.",
         consider=f"To give each what its weight says{_needs(inspection)}:",
         lines=_LINEAR_MAGNITUDE,
     )
