@@ -85,7 +85,7 @@ def mean_coefficients(
     shape, count = gram.shape[:-1], gram.shape[-1]
     bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
     # Models first, so that sums over them run along memory.
-    matrices = gram.movedim((-2, -1), (0, 1)).reshape(count, count, -1)
+    matrices = gram.movedim((-2, -1), (0, 1)).reshape(count, count, -1).contiguous()
     shares = weights.expand(shape).movedim(-1, 0).reshape(count, -1).contiguous()
     most = max(1, _MOST_ENTRIES // (count * (count + 1)))
     parts = zip(matrices.split(most, -1), shares.split(most, -1))

@@ -40,6 +40,15 @@ def weights(model: ModelReference) -> Header:
     return found
 
 
+def shape(model: ModelReference, name: str) -> tuple[int, ...] | None:
+    """The shape of one weight, None where it is not in a safetensors file."""
+    index = LoaderCache().get(model).index
+    file = index.tensor_paths.get(name) if index.is_safetensors else None
+    if file is None:
+        return None
+    return header(os.path.join(index.base_path, file)).get(name, ("", None))[1]
+
+
 def header(path: str) -> Header:
     return _header(path, os.stat(path).st_mtime_ns)
 

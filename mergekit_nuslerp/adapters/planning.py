@@ -336,7 +336,7 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
         except ConfigError as error:
             raise error.at(f"the filter {text!r}") if text else error from None
     configs: dict[str, Any] = {}
-    opened: dict[Any, tuple[str, Any]] = {}
+    opened: list[ModelReference] = []
     integers: set[str] = set()
     checked = set()  # as most slices have the same models
     first: dict[str, int] = {}
@@ -351,10 +351,7 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
                 if str(model) not in configs:
                     configs[str(model)], found = _check_checkpoint(model)
                     integers |= found
-                    opened[model] = (
-                        _folder(model),
-                        configs[str(model)].get("vocab_size"),
-                    )
+                    opened.append(model)
         architecture = modules[module or next(iter(modules))].architecture
         _check_layers(place, inputs, architecture.num_layers_config_key(), configs)
         first.setdefault(module, len(inputs))
@@ -369,7 +366,9 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
     tokenizer = config.tokenizer
     source = config.tokenizer_source if tokenizer is None else tokenizer.source
     if source is not None:
-        tokens.check(source, config.base_model, opened)
+        sizes = {model: configs[str(model)].get("vocab_size") for model in opened}
+        folders = {model: (_folder(model), size) for model, size in sizes.items()}
+        tokens.check(source, config.base_model, folders)
     return integers
 
 
@@ -585,4 +584,4 @@ def stored_shape(tensors: Any) -> tuple[int, ...] | None:
     if not isinstance(tensors, GatherTensors):
         return None  # a tokenizer changes embeddings
     model, info = next(iter(sources(tensors).items()))
-    return stored.weights(model).get(info.name, ("", None))[1]
+    return stored.shape(model, info.name)

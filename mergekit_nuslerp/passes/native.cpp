@@ -103,7 +103,7 @@ struct Job : Sizes {
   Index splits, runs, parts;   // of the width, of the rows, and of both
   Index outer_step, inner_step, inner_steps, blocks;
   double* grams = nullptr;     // (part, outer, inner, models, models)
-  const double* coefficients;  // (models, outer, inner), or none for Gram matrices
+  const double* coefficients;  // (outer, inner, models), or none for Gram matrices
   void* result;
   std::atomic<bool> infinite{false};
 
@@ -212,10 +212,10 @@ INLINE void combine(Job& job, const Block& block, double* scratch) {
   W* tile = factors + job.models * job.tile;
   Index along = job.along, each = along ? 1 : block.width;
   for (Index o = block.outer; o < block.outer_stop; o++) {
-    const double* c = job.coefficients + o * job.inner + block.inner;
-    for (Index m = 0; m < job.models; m++, c += job.outer * job.inner)
-      for (Index v = 0; v < block.inners; v++)
-        std::fill_n(factors + m * job.tile + v * each, each, W(c[v]));
+    const double* c = job.coefficients + (o * job.inner + block.inner) * job.models;
+    for (Index v = 0; v < block.inners; v++)
+      for (Index m = 0; m < job.models; m++)
+        std::fill_n(factors + m * job.tile + v * each, each, W(*c++));
     for (Index r = block.start; r < block.stop; r++) {
       Index count = read<S>(job, block, o, r, tile);
       W* __restrict total = tile + job.models * job.tile;
@@ -281,18 +281,19 @@ void run(Job& job, Index threads) {
 }
 }  // namespace
 
-// Adds to zeros (models, models, outer, inner), or writes the result of coefficients.
+// Adds to zeros (outer, inner, models, models), or writes the result of coefficients.
 // Returns 1 if that is not finite, and 2 if there is no memory.
 extern "C" int nuslerp(const void* const* inputs, const Sizes* sizes,
                        const double* coefficients, void* result, Index threads) try {
   Job job(inputs, *sizes, coefficients, result);
-  Index vectors = job.outer * job.inner, pairs = job.models * job.models;
-  std::vector<double> grams(coefficients ? 0 : job.parts * vectors * pairs);
+  Index size = coefficients ? 0 : job.outer * job.inner * job.models * job.models;
+  std::vector<double> grams(job.parts * size);
   job.grams = grams.data();
   if (coefficients) advise(job);
   run(job, threads);
-  for (Index n = 0; n < Index(grams.size()); n++)
-    static_cast<double*>(result)[n % pairs * vectors + n / pairs % vectors] += grams[n];
+  for (Index part = 0; part < job.parts; part++)
+    for (Index n = 0; n < size; n++)
+      static_cast<double*>(result)[n] += grams[part * size + n];
   return job.infinite;
 } catch (const std::bad_alloc&) {
   return 2;

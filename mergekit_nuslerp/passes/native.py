@@ -51,14 +51,13 @@ def serves(inputs: Sequence[torch.Tensor]) -> bool:
 def gram(
     inputs: Sequence[torch.Tensor], base: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    count, (outer, _, inner, _) = len(inputs), inputs[0].shape
-    total = torch.zeros(count, count, outer, inner, dtype=torch.float64, device="cpu")
+    shape = *inputs[0].shape[::2], len(inputs), len(inputs)
+    total = torch.zeros(shape, dtype=torch.float64, device="cpu")
     for piece in pieces(inputs[0].shape, _MOST_ELEMENTS):
-        here = slice(None), slice(None), piece[0], piece[2]
-        part = torch.zeros_like(total[here], memory_format=torch.contiguous_format)
+        part = torch.zeros_like(total[piece[0], piece[2]].contiguous())
         _call(inputs, base, dtype, piece, None, part)
-        total[here] += part
-    return total.permute(2, 3, 0, 1)
+        total[piece[0], piece[2]] += part
+    return total
 
 
 def combine(
@@ -70,7 +69,7 @@ def combine(
 ) -> bool:
     infinite = 0
     for piece in pieces(out.shape, _MOST_ELEMENTS):
-        factors = coefficients[piece[0], piece[2]].movedim(-1, 0).contiguous()
+        factors = coefficients[piece[0], piece[2]].contiguous()
         infinite |= _call(inputs, base, dtype, piece, factors, out[piece])
     return not infinite
 
