@@ -141,7 +141,8 @@ def _check_own(config: Any) -> None:
     """Refuse what mergekit's own `nuslerp` would ignore, so write another model."""
     own = sys.modules["mergekit.merge_methods"].get("nuslerp")
     listed = own.spec.parameters if hasattr(own, "spec") else own.parameters()
-    names = {"lambda", "nuslerp_granularity", "nuslerp_magnitude"}
+    new = ("granularity", "magnitude", "contrast")
+    names = {"lambda", *(f"nuslerp_{name}" for name in new)}
     for name in sorted(names - {parameter.name for parameter in listed}):
         if repr(name) in repr(config):
             raise RuntimeError(

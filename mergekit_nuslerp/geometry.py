@@ -33,6 +33,10 @@ _GRAM_ROUNDING = 32
 # thread, as several would wait for each other where a machine is busy.
 _MOST_ENTRIES = 2**15 - 1
 
+# What a contrast above 1 multiplies coefficients by, at most, so that those of vectors
+# that nearly cancel stay bounded.
+_LARGEST_GAIN = 4.0
+
 # Newton steps to a Karcher mean: five where vectors are close to orthogonal, a dozen
 # where they nearly cancel.
 _MAX_STEPS = 24
@@ -92,6 +96,29 @@ def mean_coefficients(
     means = [_mean(*part, magnitude, bound) for part in parts]
     coefficients, unique = (torch.cat(found, -1) for found in zip(*means))
     return coefficients.movedim(0, -1).reshape(shape), unique.reshape(shape[:-1])
+
+
+def profile(
+    coefficients: torch.Tensor, whole: torch.Tensor, contrast: float
+) -> torch.Tensor:
+    """What coefficients c are over those of the whole, s: (c / s)^contrast.
+
+    Above a contrast of 1, what it multiplies c / s by, (c / s)^(contrast - 1), is at
+    most 4. Where s is 0, the profile is as where c is.
+
+    Args:
+        coefficients: `(..., vectors, N)`, none negative.
+        whole: broadcastable to that, none negative.
+        contrast: at least 0.
+    """
+    ratio = coefficients / torch.where(whole == 0, math.inf, whole)
+    zero = ratio == 0
+    ratio = torch.where(zero, 1, ratio)
+    result = ratio ** min(contrast, 1)
+    if contrast > 1:
+        largest = _LARGEST_GAIN ** min(1 / (contrast - 1), 99)  # or it overflows
+        result = result * ratio.clamp(max=largest) ** (contrast - 1)
+    return torch.where(zero, 0.0**contrast, result)
 
 
 def antipodal_bound(dtype: torch.dtype) -> float:

@@ -16,8 +16,11 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
 
+# Rows and columns at once, each with coefficients of their own that are multiplied.
+ROW_COLUMN = "row*column"
+
 # What users may write, with N the rows or columns in a block.
-NAMES = ("tensor", "matrix", "row", "column", "row:N", "column:N")
+NAMES = ("tensor", "matrix", "row", "column", "row:N", "column:N", ROW_COLUMN)
 
 # mergekit's `nuslerp_row_wise: true`, for tensors of more than two dimensions too.
 FIRST_DIMENSION = "dim0"
@@ -46,6 +49,7 @@ def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, int, int, 
             do the dimensions before the last two, but for `"tensor"` and `"dim0"`.
         granularity: as in `nuslerp`; ValueError if unknown, or if a block does not
             divide its dimension. Weights of fewer than two dimensions are one vector.
+            Of `"row*column"` the columns' view.
     """
     kind, block = parse(granularity)
     batch, *weight = shape
@@ -60,6 +64,15 @@ def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, int, int, 
     if kind == "row":
         return matrices * _blocks(rows, block, "row"), block, 1, columns
     return matrices, rows, _blocks(columns, block, "column"), block
+
+
+def wholes(shape: Sequence[int], granularity: str) -> int:
+    """How many matrices `(batch, *weight_shape)` has, which vectors are compared to, or
+    weights, where a vector is not of one matrix.
+    """
+    batch, *weight = shape
+    across = parse(granularity)[0] in ("tensor", FIRST_DIMENSION)
+    return batch if across else batch * prod(weight[:-2])
 
 
 def _blocks(size: int, block: int, kind: str) -> int:

@@ -5,7 +5,8 @@
 
 One pass over the weights takes the inner products, `geometry` turns them into a
 coefficient for each vector, and a second pass writes the combination, rounded once.
-What a pass does on a device is in `passes`.
+What a pass does on a device is in `passes`. Where coefficients are compared to those of
+the whole tensor (`row*column`, a contrast), all are worked out before the second pass.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 from itertools import product
-from math import isfinite
+from math import inf, isfinite
+from types import ModuleType
 from typing import NamedTuple, get_args
 
 import torch
@@ -25,9 +27,10 @@ from mergekit_nuslerp.geometry import (
     Magnitude,
     mean_coefficients,
     normalize_weights,
+    profile,
     sums_to_zero,
 )
-from mergekit_nuslerp.granularity import slices, vector_view
+from mergekit_nuslerp.granularity import ROW_COLUMN, slices, vector_view, wholes
 from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 
 # What is merged at once: entries of Gram matrices, for their memory, and elements of
@@ -40,6 +43,7 @@ _GROUP_ELEMENTS = 2**22
 # degrees or more from opposite, as the inner products of nearer ones feel its rounding.
 _SMALLEST_SQUARE = 1e-24
 _COEFFICIENTS = 1e-18, 1e18
+_PROFILES = 1e-6, 1e6  # which multiply them
 _NEAR_ANTIPODAL = 4e-3
 # The least squared length in float64 whose terms are not subnormal.
 _SHORTEST = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps ** 2
@@ -76,6 +80,7 @@ def nuslerp(
     base: torch.Tensor | None = None,
     granularity: str = "tensor",
     magnitude: Magnitude = "slerp",
+    contrast: float = 1.0,
     lambda_: float = 1.0,
 ) -> torch.Tensor:
     """Merge weights on a sphere instead of on a line.
@@ -88,17 +93,22 @@ def nuslerp(
             strided) and device. Dtypes may differ. They are not modified.
         weights: one finite number a tensor; only their ratios matter. Two merge at
             t = w_1 / (w_0 + w_1), and extrapolate where t is outside [0, 1]. Of more
-            than two, none may be negative. A sum below 1e-6 makes all equal.
+            than two, and with `"row*column"` or a contrast, none may be negative. A
+            sum below 1e-6 makes all equal.
         base: merge the task vectors `tensors[i] - base` and add the base again.
         granularity: which elements form one vector on the sphere: the whole `"tensor"`,
             each `"matrix"` (the last two dimensions), each `"row"` W[i, :] or
             `"column"` W[:, j] of a matrix, `"row:N"` or `"column:N"` for N neighbours
             of them, or each run along the first dimension, `"dim0"`. A tensor of fewer
-            than two dimensions is one vector.
+            than two dimensions is one vector. `"row*column"` multiplies an element's
+            two coefficients, of its row and of its column, and divides by the matrix's.
         magnitude: length of the result. `"slerp"` applies the coefficients of the
             interpolated unit vectors to the vectors themselves, as mergekit does;
             `"linear"` and `"geometric"` take the weighted mean of the lengths, which is
             at least 0.
+        contrast: at least 0; the power of what coefficients are over those of their
+            whole matrix: 0 merges it as `"matrix"` does, and above 1 its vectors differ
+            more, as far as `geometry.profile` lets them.
         lambda_: scales the merged task vectors. Needs a base, unless 1.
 
     Returns:
@@ -135,6 +145,7 @@ def nuslerp(
         base=None if base is None else base.unsqueeze(0),
         granularity=granularity,
         magnitude=magnitude,
+        contrast=contrast,
         lambda_=lambda_,
     )
     if given[0].device.type != "meta" and merged.linear.any():
@@ -152,6 +163,7 @@ def merge_batch(
     base: torch.Tensor | None = None,
     granularity: str = "tensor",
     magnitude: Magnitude = "slerp",
+    contrast: float = 1.0,
     lambda_: float = 1.0,
 ) -> Merged:
     """`nuslerp` for a batch of weights of one shape, without its warnings.
@@ -164,41 +176,128 @@ def merge_batch(
     shares = normalize_weights(weights)
     if not weights.sum(-1).isfinite().all():
         raise ValueError(f"weights and their sum must be finite: {weights.tolist()}")
-    if len(tensors) > 2 and (shares < 0).any():
+    beyond = len(tensors) == 2 and granularity != ROW_COLUMN and contrast == 1
+    if not beyond and (shares < 0).any():
         raise ValueError(
-            f"weights of more than two models must not be negative: {weights.tolist()}"
+            f"weights of more than two models, and those with {ROW_COLUMN} or a "
+            f"contrast, must not be negative: {weights.tolist()}"
         )
     if magnitude not in get_args(Magnitude):
         raise ValueError(f"magnitude must be one of {get_args(Magnitude)}")
+    if not 0 <= contrast < inf:
+        raise ValueError(f"contrast must be finite and at least 0, not {contrast}")
     if not isfinite(lambda_) or (base is None and lambda_ != 1):
         raise ValueError(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
-    views = _views([*tensors] if base is None else [*tensors, base], granularity)
-    chosen, wide = passes.choose(views), wide_dtype(views[0].device)
+    given = [*tensors] if base is None else [*tensors, base]
+    kinds = ("column", "row") if granularity == ROW_COLUMN else (granularity,)
+    levels = [_views(given, kind) for kind in kinds]
+    views, batch = levels[0], max(1, len(shares))
     dtype = reduce(torch.promote_types, (view.dtype for view in views))
     exact = is_recorded(views) or dtype.itemsize > 2
-    shares = shares.to(views[0].device, wide).unsqueeze(1)
+    shares = shares.to(views[0].device, wide_dtype(views[0].device)).unsqueeze(1)
     result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
     linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
-    for part, outputs, inputs, origin in _groups(views, base is not None, len(shares)):
-        for working in (wide,) if exact else (torch.float32, wide):
-            gram = chosen.gram(inputs, origin, working)
-            near = 0 if working == wide else _NEAR_ANTIPODAL
-            coefficients, unique = mean_coefficients(
-                gram, shares[outputs], magnitude=magnitude, antipodal_tolerance=near
+    chosen = passes.choose(views)
+    means = _Means(chosen, base is not None, shares, magnitude, linear)
+    steps = means.groups(views, exact, lambda_)
+    vectors = [len(level[0]) * level[0].shape[2] for level in levels]
+    whole = wholes(given[0].shape, granularity)
+    if max(vectors) > whole and (contrast != 1 or len(levels) > 1):
+        vectors = [sum(vectors) + whole]
+        if not _is_empty(result):
+            steps = means.compared(levels, whole, contrast, exact, lambda_)
+    for (part, outputs, inputs, origin), working, coefficients, rows, *_ in steps:
+        out = result[part]
+        if not chosen.combine(inputs, origin, coefficients, out, working, rows):
+            refuse_infinite(out, outputs, "the result")
+    return Merged(result.view(tensors[0].shape), vectors[0] // batch, linear)
+
+
+class _Means(NamedTuple):
+    """The first two steps: coefficients of the vectors, in groups."""
+
+    chosen: ModuleType  # the pass
+    has_base: bool
+    shares: torch.Tensor  # (batch, 1, N)
+    magnitude: Magnitude
+    linear: torch.Tensor  # (batch,), where vectors without a unique mean are counted
+
+    def groups(
+        self, views: Sequence[torch.Tensor], exact: bool, scale: float = 1.0
+    ) -> Iterator[tuple]:
+        """Groups, what to compute them in, coefficients, None, and Gram matrices."""
+        wide = self.shares.dtype
+        for group in _groups(views, self.has_base, len(self.shares)):
+            _, outputs, inputs, base = group
+            for working in (wide,) if exact else (torch.float32, wide):
+                gram = self.chosen.gram(inputs, base, working)
+                found = self._coefficients(gram, self.shares[outputs], working)
+                coefficients, unique = scale * found[0], found[1]
+                if working != wide and _is_precise(gram, coefficients, unique):
+                    break
+            else:
+                _check(inputs, base, gram, outputs)
+                refuse_infinite(coefficients, outputs, "a coefficient")
+            self.linear.index_add_(0, outputs, (~unique).sum(-1))
+            yield group, working, coefficients, None, gram
+
+    def compared(
+        self,
+        levels: Sequence[Sequence[torch.Tensor]],
+        whole: int,
+        contrast: float,
+        exact: bool,
+        scale: float,
+    ) -> Iterator[tuple]:
+        """The same of vectors whose coefficients are compared to those of the `whole`
+        matrices that they are of. The first level's vectors are yielded, and those of
+        a second one, their rows, give the factors in place of None.
+        """
+        (batch, _, count), wide = self.shares.shape, self.shares.dtype
+        shares = self.shares.repeat_interleave(whole // batch, 0)
+        tables, used = [], set()
+        for views in levels:
+            tables.append(shares.new_zeros(*views[0].shape[::2], count))
+            grams = shares.new_zeros(whole, 1, count, count)  # sums of the vectors'
+            owners = torch.arange(len(views[0]), device=shares.device)
+            owners = owners // (len(owners) // whole)
+            for (part, *_), working, found, _, gram in self.groups(views, exact):
+                tables[-1][part[::2]] = found
+                grams.index_add_(0, owners[part[0]], gram.sum(1, keepdim=True))
+                used.add(working)
+        working = wide if exact else torch.float32
+        means, unique = self._coefficients(grams, shares, working)
+        if used != {working} or not (exact or _is_precise(grams, means, unique)):
+            self.linear.zero_()
+            yield from self.compared(levels, whole, contrast, True, scale)
+            return
+        self.linear.add_((~unique).view(batch, -1).sum(-1))
+        step = max(1, _GRAM_ENTRIES // means.numel())
+        first, *others = (
+            torch.cat([profile(part, means, contrast) for part in parts], 1)
+            for parts in (
+                table.view(whole, -1, count).split(step, 1) for table in tables
             )
-            coefficients = lambda_ * coefficients
-            if working != wide and _is_precise(gram, coefficients, unique):
-                break
-        else:
-            _check(inputs, origin, gram, outputs)
-            refuse_infinite(coefficients, outputs, "a coefficient")
-        if not chosen.combine(inputs, origin, coefficients, result[part], working):
-            refuse_infinite(result[part], outputs, "the result")
-        linear.index_add_(0, outputs, (~unique).sum(-1))
-    vectors = result.shape[0] * result.shape[2] // max(1, len(shares))
-    return Merged(result.view(tensors[0].shape), vectors, linear)
+        )
+        coefficients = (scale * means * first).view(tables[0].shape)
+        fine = _are_within(coefficients, _COEFFICIENTS)
+        fine = fine and all(_are_within(factors, _PROFILES) for factors in others)
+        for group in _groups(levels[0], self.has_base, batch):
+            part, outputs, *_ = group
+            refuse_infinite(coefficients[part[::2]], outputs, "a coefficient")
+            rows = others[0][part[0]] if others else None
+            yield group, working if fine else wide, coefficients[part[::2]], rows
+
+    def _coefficients(
+        self, gram: torch.Tensor, shares: torch.Tensor, working: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`mean_coefficients` of Gram matrices that were computed in a dtype."""
+        near = 0 if working == shares.dtype else _NEAR_ANTIPODAL
+        return mean_coefficients(
+            gram, shares, magnitude=self.magnitude, antipodal_tolerance=near
+        )
 
 
 def gram_matrices(
@@ -210,8 +309,14 @@ def gram_matrices(
     """The inner products of (task) vectors that a merge depends on.
 
     Arguments and errors are as in `nuslerp`, but one tensor will do. Returns
-    `(vectors, N, N)` in the widest dtype of the device, computed in it.
+    `(vectors, N, N)` in the widest dtype of the device, computed in it. The vectors of
+    `"row*column"` are all rows, then all columns, then all matrices.
     """
+    if granularity == ROW_COLUMN and tensors[0].dim() > 1:
+        kinds = ("row", "column", "matrix")
+        return torch.cat(
+            [gram_matrices(tensors, base=base, granularity=kind) for kind in kinds]
+        )
     given = [*tensors] if base is None else [*tensors, base]
     views = _views([tensor.detach().unsqueeze(0) for tensor in given], granularity)
     chosen, wide = passes.choose(views), wide_dtype(views[0].device)
@@ -239,7 +344,7 @@ def _groups(views: Sequence[torch.Tensor], has_base: bool, batch: int) -> Iterat
     indices is of, and the models' and the base's vectors.
     """
     outer, length, inner, width = views[0].shape
-    if not views[0].numel() or views[0].device.type == "meta":
+    if _is_empty(views[0]):
         return
     most = max(1, _GRAM_ENTRIES // (len(views) - has_base) ** 2)
     near = max(1, _GROUP_ELEMENTS // (length * inner * width))
@@ -251,6 +356,10 @@ def _groups(views: Sequence[torch.Tensor], has_base: bool, batch: int) -> Iterat
         inputs = [view[rows, :, columns] for view in views]
         base = inputs.pop() if has_base else None
         yield (rows, slice(None), columns), outputs // (outer // batch), inputs, base
+
+
+def _is_empty(tensor: torch.Tensor) -> bool:
+    return not tensor.numel() or tensor.device.type == "meta"
 
 
 def _check(
@@ -282,11 +391,16 @@ def _is_precise(
 ) -> bool:
     """Whether float32 is enough for Gram matrices and for what comes of them."""
     smallest = gram.diagonal(dim1=-2, dim2=-1).amin()
-    sizes = coefficients.abs()
-    within = (sizes >= _COEFFICIENTS[0]) & (sizes <= _COEFFICIENTS[1])
-    fine = (within | (coefficients == 0)).all() & unique.all()
     # Of lengths that are infinite, no coefficient is a number.
-    return bool(fine & (smallest >= _SMALLEST_SQUARE))
+    fine = _are_within(coefficients, _COEFFICIENTS) and unique.all()
+    return bool(fine and smallest >= _SMALLEST_SQUARE)
+
+
+def _are_within(values: torch.Tensor, limits: tuple[float, float]) -> bool:
+    """Whether the sizes of values other than zero are between limits."""
+    sizes = values.abs()
+    within = (sizes >= limits[0]) & (sizes <= limits[1])
+    return bool((within | (sizes == 0)).all())
 
 
 def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:

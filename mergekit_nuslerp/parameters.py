@@ -89,6 +89,12 @@ SHARED = {
     "nuslerp_magnitude": Parameter(
         Magnitude, "slerp", f"one of {', '.join(get_args(Magnitude))}", "linear"
     ),
+    "nuslerp_contrast": Parameter(
+        Annotated[float, Field(ge=0, allow_inf_nan=False)],
+        1.0,
+        "a finite number of at least 0",
+        "2",
+    ),
     "lambda": Parameter(
         Annotated[float, Field(allow_inf_nan=False)], 1.0, "a finite number", "0.5"
     ),
@@ -163,6 +169,7 @@ class Values(NamedTuple):
     weights: tuple[float, ...]
     granularity: str
     magnitude: Magnitude
+    contrast: float
     lambda_: float
 
 
@@ -181,18 +188,22 @@ def resolve(
             f"nuslerp: parameter 'lambda' is {scale}, but without a base model there "
             "are no task vectors to scale. Add `base_model`, or remove `lambda`."
         )
-    if len(numbers) > MIN_MODELS and not sums_to_zero(numbers):
-        total = sum(numbers)
+    chosen, contrast = choose_granularity(values), values["nuslerp_contrast"]
+    total = sum(numbers)
+    limits = {
+        "of more than two models": len(numbers) > MIN_MODELS,
+        f"with `nuslerp_granularity: {chosen}`": chosen == granularity.ROW_COLUMN,
+        f"with `nuslerp_contrast: {contrast:g}`": contrast != 1,
+    }
+    for condition in (name for name, applies in limits.items() if applies):
         for (model, _), number in zip(weights, numbers):
-            if number / total < 0:
+            if not sums_to_zero(numbers) and number / total < 0:
                 raise ConfigError(
                     f"nuslerp: parameter 'weight' of model {model} is {number}, but "
-                    f"the weights of {len(numbers)} models, {brief(list(numbers))}, "
-                    "must all have the same sign. Write weights of at least 0. Only "
-                    "a merge of two models may have a negative one."
+                    f"weights {condition}, {brief(list(numbers))}, must all have the "
+                    "same sign. Write weights of at least 0."
                 )
-    chosen = choose_granularity(values)
-    return Values(numbers, chosen, values["nuslerp_magnitude"], scale)
+    return Values(numbers, chosen, values["nuslerp_magnitude"], contrast, scale)
 
 
 def check_block(
@@ -230,7 +241,7 @@ def check_name(name: str, place: str = "") -> None:
         warn_of_no_effect(name, f"{place}. nuslerp does not read it.{_hint(name)}")
     elif place:
         hint = f"{place}. Write it in its place, for example {_example(name)}."
-        if name in WORDS:
+        if name in (*WORDS, "nuslerp_contrast"):
             raise ConfigError(f"nuslerp: parameter {name!r} has no effect{hint}")
         warn_of_no_effect(name, hint)
 

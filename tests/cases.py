@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -27,11 +27,20 @@ WEIGHTS = {
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 all_magnitudes = pytest.mark.parametrize("magnitude", MAGNITUDES)
 all_granularities = pytest.mark.parametrize(
-    "granularity", ["tensor", "matrix", "row", "column", "row:2", "column:4"]
+    "granularity",
+    ["tensor", "matrix", "row", "column", "row:2", "column:4", "row*column"],
 )
 with_and_without_base = pytest.mark.parametrize("with_base", [False, True])
 two_or_three = pytest.mark.parametrize("count", [2, 3])
 rows_or_columns = pytest.mark.parametrize("granularity", ["row", "column"])
+
+
+def fit(weights: Sequence[float], granularity: str) -> list[float]:
+    """The weights, or as shares without the signs that `row*column` refuses."""
+    if granularity != "row*column":
+        return list(weights)
+    sizes = [abs(weight) for weight in weights]
+    return [size / sum(sizes) for size in sizes]
 
 
 def need_native() -> None:

@@ -49,6 +49,10 @@ def vectors(shape: Sequence[int], granularity: str) -> Iterator[tuple[Any, ...]]
         for trailing in product(*map(range, shape[1:])):
             yield (every, *trailing)
         return
+    if kind == "row*column":
+        for each in ("row", "column", "matrix"):
+            yield from vectors(shape, each)
+        return
     *experts, rows, columns = shape
     block = int(size or 1)
     for expert in product(*map(range, experts)):
@@ -69,7 +73,7 @@ def granularities(shape: Sequence[int]) -> list[str]:
         f"{kind}:{max([n for n in range(1, size) if size % n == 0], default=1)}"
         for kind, size in (("row", rows), ("column", columns))
     ]
-    return ["tensor", "matrix", "row", "column", "dim0", *blocks]
+    return ["tensor", "matrix", "row", "column", "dim0", *blocks, "row*column"]
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:
@@ -201,6 +205,85 @@ def _merge(
     )
 
 
+class _Level(NamedTuple):
+    """Coefficients of each element's vector, `(models, *shape)`."""
+
+    coefficients: torch.Tensor
+    errors: torch.Tensor  # how strongly they feel rounding
+    linear: int
+
+
+def _level(
+    moved: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    kind: str,
+    magnitude: str,
+    tolerance: float,
+) -> _Level:
+    places = list(vectors(moved[0].shape, kind))
+    rows = torch.stack(
+        [torch.stack([v[place].flatten() for place in places]) for v in moved], 1
+    )
+    _, models, elements = rows.shape
+    length = _length(rows)
+    own = (length == 0).unsqueeze(-1) * torch.eye(models, dtype=torch.float64)
+    units = torch.cat([_unit(rows), own], -1)
+    find = _of_two if models == 2 else _of_many
+    mean, c, condition, _, unique = find(units, weights, tolerance)
+    errors = torch.maximum(c.abs(), weights).amax(-1).clamp(min=1) / condition
+    errors = errors.unsqueeze(-1).expand_as(c)
+    if magnitude != "slerp":
+        long = (weights * length).sum(-1)
+        if magnitude == "geometric":
+            long = (length**weights).prod(-1)
+        left = mean[:, :elements].norm(dim=-1)
+        scale = long / torch.where(left > 0, left, 1)
+        scale = scale.unsqueeze(-1) / torch.where(length > 0, length, math.inf)
+        c, errors = scale * c, scale * errors
+    c = torch.where(unique.unsqueeze(-1), c, weights)
+    errors = torch.where(unique.unsqueeze(-1), errors, 1)
+    spread = [torch.stack([torch.zeros_like(v) for v in moved]) for _ in range(2)]
+    for n, place in enumerate(places):
+        for model in range(models):
+            spread[0][model][place] = c[n, model]
+            spread[1][model][place] = errors[n, model]
+    return _Level(*spread, int((~unique).sum()))
+
+
+def _with_profiles(
+    moved: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    granularity: str,
+    magnitude: str,
+    contrast: float,
+    tolerance: float,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Merge by coefficients s (c / s)^p, or s (r k / s^2)^p by rows and columns."""
+    both = granularity == "row*column"
+    kinds = ("row", "column") if both else (granularity,)
+    options = magnitude, tolerance
+    across = granularity in ("tensor", "dim0")
+    whole = _level(moved, weights, "tensor" if across else "matrix", *options)
+    s = torch.where(whole.coefficients > 0, whole.coefficients, math.inf)
+    power = torch.ones_like(s)
+    relative = abs(1 - contrast * len(kinds)) * whole.errors / s
+    linear = whole.linear
+    for kind in kinds:
+        level = _level(moved, weights, kind, *options)
+        ratio = level.coefficients / s
+        if contrast <= 1:
+            power *= ratio**contrast
+        else:
+            power *= ratio * (ratio ** (contrast - 1)).clamp(max=4)
+        felt = torch.where(level.coefficients > 0, level.coefficients, math.inf)
+        relative = relative + contrast * level.errors / felt
+        linear += level.linear
+    factors = whole.coefficients * power
+    vectors = torch.stack(list(moved))
+    terms = (factors * (1 + relative) * vectors.abs()).sum(0)
+    return (factors * vectors).sum(0), terms, linear
+
+
 def reference(
     tensors: Sequence[torch.Tensor],
     weights: Sequence[float],
@@ -208,6 +291,7 @@ def reference(
     granularity: str = "tensor",
     *,
     magnitude: str = "slerp",
+    contrast: float = 1.0,
     lambda_: float = 1.0,
 ) -> Reference:
     """Merge weights, and say how well conditioned each element is."""
@@ -222,6 +306,15 @@ def reference(
     if not value.numel():
         return Reference(value, sensitivity, 0)
     places = list(vectors(value.shape, granularity))
+    if value.dim() > 1 and (
+        granularity == "row*column" or (contrast != 1 and len(places) > 1)
+    ):
+        weighed = torch.tensor(shares, dtype=torch.float64)
+        merged, terms, linear = _with_profiles(
+            moved, weighed, granularity, magnitude, contrast, tolerance
+        )
+        felt = sensitivity + abs(lambda_) * terms
+        return Reference(value + lambda_ * merged, felt, linear)
     rows = [torch.stack([v[place].flatten() for place in places]) for v in moved]
     merged, terms, unique = _merge(
         torch.stack(rows, 1),
@@ -242,12 +335,12 @@ def oracle(
     granularity: str = "tensor",
     *,
     magnitude: str = "slerp",
+    contrast: float = 1.0,
     lambda_: float = 1.0,
 ) -> torch.Tensor:
     """The merge of weights in float64."""
-    return reference(
-        tensors, weights, base, granularity, magnitude=magnitude, lambda_=lambda_
-    ).value
+    options = {"magnitude": magnitude, "contrast": contrast, "lambda_": lambda_}
+    return reference(tensors, weights, base, granularity, **options).value
 
 
 def assert_rounded_once(
@@ -258,6 +351,7 @@ def assert_rounded_once(
     granularity: str = "tensor",
     *,
     magnitude: str = "slerp",
+    contrast: float = 1.0,
     lambda_: float = 1.0,
 ) -> None:
     """Every element is within half a unit in the last place of the exact merge.
@@ -265,9 +359,8 @@ def assert_rounded_once(
     On top of that comes only what arithmetic of at least twice the input's precision
     leaves behind, or as much for float64, which has no wider dtype.
     """
-    exact, sensitivity, _ = reference(
-        tensors, weights, base, granularity, magnitude=magnitude, lambda_=lambda_
-    )
+    options = {"magnitude": magnitude, "contrast": contrast, "lambda_": lambda_}
+    exact, sensitivity, _ = reference(tensors, weights, base, granularity, **options)
     number = torch.finfo(result.dtype)
     exponent = torch.frexp(exact).exponent - 1
     last_place = torch.ldexp(torch.full_like(exact, number.eps), exponent)

@@ -79,6 +79,14 @@ WARNINGS = {
     under_parameters("normalize: 1"): ("'normalize'", "relative"),
     under_parameters("int8_mask: 1"): ("'int8_mask'", "nuslerp does not read it"),
     under_parameters("nuslerp_row_wise: true"): ("'nuslerp_row_wise'", "Write both"),
+    under_parameters("nuslerp_contrast: 2"): (
+        "'nuslerp_contrast'",
+        "where each tensor is one vector",
+    ),
+    under_parameters("nuslerp_contrast: 2, nuslerp_flatten: true"): (
+        "'nuslerp_contrast'",
+        "`nuslerp_granularity: row`",
+    ),
     under_parameters("lambda: [{filter: q_prj, value: 0.5}, {value: 1}]"): (
         "no tensor's name contains the filter 'q_prj'",
     ),

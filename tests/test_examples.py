@@ -45,6 +45,7 @@ class Expected(NamedTuple):
     base: bool = True
     magnitude: str = "slerp"
     lambda_: float = 1.0
+    contrast: float = 1.0
 
     def exact(self, base: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
         return oracle(
@@ -53,6 +54,7 @@ class Expected(NamedTuple):
             base if self.base else None,
             self.granularity,
             magnitude=self.magnitude,
+            contrast=self.contrast,
             lambda_=self.lambda_,
         )
 
@@ -91,6 +93,12 @@ def _granularities(tensor: str) -> Expected:
     return Expected((0.3, 0.7), granularity)
 
 
+def _rows_and_columns(tensor: str) -> Expected:
+    granularity = "tensor" if "norm" in tensor else "row*column"
+    contrast = 1.5 if ".mlp." in tensor else 1.0
+    return Expected((0.3, 0.7), granularity, contrast=contrast)
+
+
 # What each example says in words, written down once more by hand.
 EXPECTED: dict[str, Callable[[str], Expected]] = {
     "medswin.yaml": lambda _: Expected((0.3, 0.7)),
@@ -105,6 +113,7 @@ EXPECTED: dict[str, Callable[[str], Expected]] = {
     "warp.yaml": lambda _: Expected((0.5, 0.5), lambda_=0.3),
     "magnitude.yaml": lambda _: Expected((0.5, 0.5), magnitude="linear"),
     "granularities.yaml": _granularities,
+    "rows_and_columns.yaml": _rows_and_columns,
 }
 
 # Starting the command takes longer than all the merges together, so the other
@@ -113,6 +122,7 @@ BY_COMMAND = {
     "medswin.yaml",
     "three_models.yaml",
     "heads_and_neurons.yaml",
+    "rows_and_columns.yaml",
 }
 
 MODELS = ("base", "sft", "kd")
@@ -259,6 +269,7 @@ def _as_written(config: dict[str, Any], tensor: str) -> Expected:
         base is not None,
         shared.get("nuslerp_magnitude", "slerp"),
         shared.get("lambda", 1.0),
+        shared.get("nuslerp_contrast", 1.0),
     )
 
 

@@ -41,7 +41,7 @@ def viewed(weights: torch.Tensor, granularity: str) -> list[list[int]]:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_view_holds_the_vectors_of_each_weight(batch, shape):
     weights = numbered(batch, *shape)
-    for granularity in granularities(shape):
+    for granularity in granularities(shape)[:-1]:  # the last has several views
         expected = [
             weight[index].flatten().tolist()
             for weight in weights

@@ -40,6 +40,7 @@ from support import (
     working_directory,
     write_t5,
 )
+from torch.nn.utils.rnn import pad_sequence
 
 import mergekit_nuslerp.inspect.terminal
 from mergekit_nuslerp import cli, plugin
@@ -121,7 +122,7 @@ GRANULARITIES: dict[str, dict[str, Any]] = {
 if TAKES_NAMES:
     GRANULARITIES |= {
         name: {"nuslerp_granularity": name}
-        for name in ("matrix", "column", "row:8", "column:8")
+        for name in ("matrix", "column", "row:8", "column:8", "row*column")
     }
 
 MERGES: list[tuple[dict[str, float], str | None, dict[str, Any]]] = [
@@ -129,6 +130,7 @@ MERGES: list[tuple[dict[str, float], str | None, dict[str, Any]]] = [
     ({"sft": 1, "dpo": 2}, "base", {"nuslerp_magnitude": "linear"}),
     ({"sft": 0.5, "kd": 0.3, "dpo": 0.2}, "base", {}),
     ({"dpo": 0.2, "kd": 0.3, "sft": 0.5}, None, {"nuslerp_magnitude": "geometric"}),
+    ({"sft": 1, "kd": 2}, "base", {"nuslerp_contrast": 2.0}),
 ]
 
 
@@ -143,7 +145,7 @@ def test_figures(
 ) -> None:
     """All of them, against float64 arithmetic on whole vectors."""
     if not TAKES_NAMES:
-        shared = {key: shared[key] for key in shared if "nuslerp_" not in key}
+        shared = {key: shared[key] for key in shared if key != "nuslerp_magnitude"}
     config = config_of(weights, base, **shared, **GRANULARITIES[granularity])
     found = inspect_here(config, small)
     records = json.loads(found.model_dump_json(by_alias=True))
@@ -176,7 +178,7 @@ def expected_figures(
     origin = torch.zeros(shape).double() if base is None else base.double()
     tasks = {model: tensor.double() - origin for model, tensor in tensors.items()}
     split = {
-        model: torch.stack([task[place].flatten() for place in places])
+        model: pad_sequence([task[place].flatten() for place in places], True)
         for model, task in tasks.items()
     }
     shares = {
@@ -193,6 +195,7 @@ def expected_figures(
         base,
         granularity,
         magnitude=magnitude,
+        contrast=shared.get("nuslerp_contrast", 1),
         lambda_=lambda_,
     )
     merged = (merged - origin) / lambda_
@@ -204,6 +207,7 @@ def expected_figures(
         "dtype": "bfloat16",
         "granularity": granularity,
         "magnitude": magnitude,
+        "contrast": shared.get("nuslerp_contrast", 1),
         "lambda": lambda_,
         "t": list(shares.values())[1] if len(shares) == 2 else None,
         "vectors": len(places),
@@ -280,13 +284,18 @@ def plan(
     base: ModelReference | None = None,
     granularity: str = "tensor",
     magnitude: Any = "slerp",
+    contrast: float = 1.0,
 ) -> Planned:
     """How a tensor would be merged that no file holds."""
     info = WeightInfo(name=name)
     return Planned(
         name=name,
         base=base,
-        shared={"nuslerp_granularity": granularity, "nuslerp_magnitude": magnitude},
+        shared={
+            "nuslerp_granularity": granularity,
+            "nuslerp_magnitude": magnitude,
+            "nuslerp_contrast": contrast,
+        },
         given=list(weights.items()),
         tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(weights, info))),
         info=info,
@@ -299,6 +308,7 @@ def measured(
     base: torch.Tensor | None = None,
     granularity: str = "row",
     magnitude: Any = "slerp",
+    contrast: float = 1.0,
     name: str = "model.layers.3.mlp.up_proj.weight",
 ) -> TensorGeometry:
     """The record of a tensor made up here."""
@@ -313,6 +323,7 @@ def measured(
         base=origin,
         granularity=granularity,
         magnitude=magnitude,
+        contrast=contrast,
     )
     return measure.measure(planned, state)
 
@@ -728,6 +739,52 @@ def test_the_weights_that_models_really_have(models: int) -> None:
     linear = measured(tensors, weights, granularity="tensor", magnitude="linear")
     for part, weight in zip(linear.parts, weights):
         assert part.effective == pytest.approx(weight / sum(weights), abs=1e-9)
+
+
+@pytest.mark.parametrize("granularity", ["row", "row*column"])
+def test_what_contrast_does_to_the_weights_that_models_have(granularity: str) -> None:
+    """In rows where all agree, and in others where the first is much shorter."""
+    first, second, third = torch.randn(3, 8, 32, dtype=torch.float64)
+    first[4:] *= 0.2
+    found = {}
+    for contrast in (0, 1, 2):
+        record = measured(
+            [first, second, third],
+            [1, 1, 1],
+            granularity=granularity,
+            magnitude="linear",
+            contrast=contrast,
+        )
+        assert record.contrast == contrast
+        found[contrast] = [part.effective or 0 for part in record.parts]
+        assert sum(found[contrast]) == pytest.approx(1)
+    assert found[0][0] != pytest.approx(found[1][0], abs=0.01)
+    assert found[2][0] != pytest.approx(found[1][0], abs=0.01)
+    if granularity == "row":  # where it is shorter, the whole's merge lets it be
+        assert found[2][0] > found[1][0] > found[0][0]
+        assert found[1] == pytest.approx([1 / 3] * 3)
+    else:
+        assert found[0] == pytest.approx([1 / 3] * 3)
+    # Of two as long as each other in all vectors, what the weights say.
+    a, b = torch.eye(4).double(), torch.eye(4).double().roll(1, 0)
+    for contrast in (0.5, 1, 3):
+        record = measured([a, b], [1, 3], granularity=granularity, contrast=contrast)
+        shares = [part.effective for part in record.parts]
+        assert shares == pytest.approx([0.25, 0.75], abs=1e-9)
+
+
+def test_zero_and_parallel_tensors_by_rows_and_columns() -> None:
+    v = torch.randn(3, 4, dtype=torch.float64)
+    found = measured([v, torch.zeros_like(v)], [1, 1], granularity="row*column")
+    assert [part.zero for part in found.parts] == [0, 3 + 4 + 1]
+    assert [part.effective for part in found.parts] == [None, None]
+    found = measured([v, 3 * v], [1, 1], granularity="row*column")
+    assert (found.departure, found.length) == (
+        pytest.approx(0, abs=1e-7),
+        pytest.approx(1),
+    )
+    found = measured([v[0], 3 * v[1]], [1, 1], granularity="row*column", contrast=2)
+    assert (found.vectors, found.linear) == (1, 0)
 
 
 def at(degrees: float, length: float = 1) -> torch.Tensor:

@@ -18,6 +18,7 @@ from cases import (
     all_dtypes,
     all_granularities,
     all_magnitudes,
+    fit,
     models,
     need_native,
     negated,
@@ -169,6 +170,48 @@ RANDOM = [(1, 1, 1, 70001), (300, 1, 1, 257), (2, 300, 97, 1), (1, 100, 7, 130)]
 
 
 @all_types
+@with_and_without_base
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 5, 7),
+        (3, 1, 4, 70),
+        (1, 1, 3, 1030),
+        (1, 1, 1, 65),
+        (2, 7, 5, 1),
+        (1, 40, 1030, 1),
+        (1, 130, 1, 1),
+        (2, 3, 1, 1),
+    ],
+    ids=str,
+)
+def test_factors_of_rows_multiply_coefficients(
+    one_pass, stored, working, with_base, shape
+):
+    """Of whole numbers, which nothing rounds; also of every other row or column."""
+    outer, length, inner, width = shape
+    whole = [
+        whole_numbers(outer, length, inner + 1, width, seed=seed, dtype=stored)
+        for seed in range(4)
+    ]
+    coefficients = whole_numbers(outer, inner, 3, seed=8).double() / 2
+    rows = whole_numbers(outer, length, 3, seed=9).double() / 2
+    given = (coefficients[:, None, :, None], rows[:, :, None, None])
+    for inputs, out in (
+        ([x[:, :, 1:].contiguous() for x in whole], torch.empty(shape, dtype=stored)),
+        ([x[:, :, 1:] for x in whole], torch.empty_like(whole[0])[:, :, 1:]),
+    ):
+        base = inputs.pop() if with_base else None
+        inputs, origin = inputs[:3], 0 if base is None else base.double()
+        expected = origin + sum(
+            given[0][..., m] * given[1][..., m] * (x.double() - origin)
+            for m, x in enumerate(inputs)
+        )
+        assert one_pass.combine(inputs, base, coefficients, out, working, rows)
+        assert out.equal(expected.to(stored))
+
+
+@all_types
 @pytest.mark.parametrize("shape", RANDOM, ids=str)
 @with_and_without_base
 def test_the_passes_agree(stored, working, shape, with_base):
@@ -297,6 +340,15 @@ def large_models() -> list[torch.Tensor]:
         ("matrix", (2048, 128, 128)),
         ("row", (2**22, 8)),
         ("column", (8, 2**22)),
+        ("row*column", (4096, 8192)),
+        ("row*column", (8192, 4096)),
+        ("row*column", (2048, 128, 128)),
+        ("row*column", (2**18, 128)),
+        ("row*column", (128, 2**18)),
+        ("row^2", (2**18, 128)),
+        ("row*column^2", (4096, 8192)),
+        ("row^2", (4096, 8192)),
+        ("column^2", (4096, 8192)),
     ],
 )
 def test_memory_beyond_the_result_does_not_grow_with_the_weight(
@@ -304,11 +356,13 @@ def test_memory_beyond_the_result_does_not_grow_with_the_weight(
 ):
     if one_pass is portable:
         monkeypatch.setenv("MERGEKIT_NUSLERP", "portable")
+    granularity, _, contrast = granularity.partition("^")
+    options = {"granularity": granularity, "contrast": float(contrast or 1)}
     tensors = [tensor.view(shape) for tensor in large_models]
     nuslerp([torch.ones(2, 2)] * 2, [1, 1])  # what a process needs once
     Path("/proc/self/clear_refs").write_text("5")
     before = kibibytes("VmRSS")
-    result = nuslerp(tensors, [0.3, 0.7], granularity=granularity)
+    result = nuslerp(tensors, [0.3, 0.7], **options)
     most = result.nbytes // 1024 + 16 * 1024
     assert kibibytes("VmHWM") - before <= most
 
@@ -327,6 +381,7 @@ def test_memory_beyond_the_result_does_not_grow_with_the_weight(
 def test_gradients_agree_with_finite_differences(
     count, weights, granularity, magnitude, with_base
 ):
+    weights = fit(weights, granularity)
     tensors, base = models(4, 8, count=count, with_base=with_base)
     if count == 2 and magnitude != "slerp" and weights[1] < 0:
         tensors[1] *= 0.3  # or the length would be cut off at zero

@@ -101,6 +101,7 @@ CONTRADICTIONS = [
     ("matrix", "nuslerp_flatten", "true"),
     ("tensor", "nuslerp_flatten", "false"),
     ("'row:2'", "nuslerp_row_wise", "true"),
+    ("row*column", "nuslerp_flatten", "true"),
     ("column", "nuslerp_row_wise", "false"),
     ("head", "nuslerp_flatten", "true"),
 ]
@@ -124,6 +125,27 @@ REFUSED = {
         shared(f"lambda: {value}"): ("'lambda'", given, "finite number", "lambda: 0.5")
         for value, given in NO_NUMBERS.items()
     },
+    **{
+        shared(f"nuslerp_contrast: {value}"): (
+            "'nuslerp_contrast'",
+            given,
+            "at least 0",
+        )
+        for value, given in {**NO_NUMBERS, "-1": "-1", "row": "'row'"}.items()
+    },
+    weight("-0.1").replace("dtype", "parameters: {nuslerp_contrast: 2}\ndtype"): (
+        "'weight' of model ./kd",
+        "embed_tokens",
+        "is -0.1, but with `nuslerp_contrast: 2` weights, [",
+        "no such power. Write weights of at least 0",
+    ),
+    weight("-0.1").replace(
+        "dtype", "parameters: {nuslerp_granularity: row*column}\ndtype"
+    ): (
+        ("'weight' of model ./kd", "embed_tokens", "row*column` weights", "at least 0")
+        if TYPED
+        else ("nuslerp_granularity", "mergekit==0.1.5")
+    ),
     without_base(shared("lambda: 0.5")): ("'lambda'", "0.5", "Add `base_model`"),
     **{
         shared(f"nuslerp_{name}: {value}"): (f"'nuslerp_{name}'", "true or false")
@@ -173,6 +195,7 @@ REFUSED = {
         "granularity'?",
     ),
     weight("0.7, nuslerp_flaten: true"): ("'nuslerp_flaten'", "'nuslerp_flatten'?"),
+    weight("0.7, nuslerp_contrast: 2"): ("'nuslerp_contrast'", "under a model"),
     weight("0.7, nuslerp_magnitude: linear"): (
         "'nuslerp_magnitude'",
         "under a model" if TYPED else "mergekit==0.1.5",
@@ -183,6 +206,7 @@ REFUSED = {
             ("nuslerp_magnitude", "outside of `parameters`", "`nuslerp_magnitude: "),
             ("nuslerp_flaten", "'nuslerp_flatten'?", "written under `parameters`"),
             ("nuslerp_granularity", "outside of `parameters`", "granularity: row`"),
+            ("nuslerp_contrast", "outside of `parameters`", "`nuslerp_contrast: "),
         )
         for text in (
             f"{CONFIG}{name}: linear\n",

@@ -328,6 +328,14 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
     if "nuslerp_row_wise" in names and not others:
         hint = " without `nuslerp_flatten: false`. Write both."
         parameters.warn_of_no_effect("nuslerp_row_wise", hint)
+    finer = {"nuslerp_granularity": ("tensor", "matrix"), "nuslerp_flatten": (True,)}
+    if "nuslerp_contrast" in names and all(
+        value in finer.get(name, (value,)) for _, name, _, value in settings
+    ):
+        hint = (
+            " where each matrix is one vector. Write, say, `nuslerp_granularity: row`."
+        )
+        parameters.warn_of_no_effect("nuslerp_contrast", hint)
     for model, name, text, value in settings:
         _check_word(name)
         try:
@@ -442,6 +450,7 @@ def merge(
             base=base,
             granularity=values.granularity,
             magnitude=values.magnitude,
+            contrast=values.contrast,
             lambda_=values.lambda_,
         )
         result = merged.result

@@ -87,6 +87,9 @@ class TensorGeometry(BaseModel):
     dtype: str = Field(description="that the merge reads")
     granularity: str = Field(description="what one vector is")
     magnitude: str | None = Field(description="the rule for the length")
+    contrast: float | None = Field(
+        default=None, description="the power of the profile of coefficients"
+    )
     zero_sum: bool = Field(description="the weights sum to zero, so all are equal")
     lambda_: float | None = Field(
         validation_alias=AliasChoices("lambda", "lambda_"),

@@ -135,7 +135,7 @@ def _heading(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
 
 
 def _chosen(inspection: Inspection) -> dict[str, str]:
-    """What a config chooses: granularity, magnitude, and lambda unless it is 1."""
+    """What a config chooses: granularity, magnitude; contrast and lambda unless 1."""
     chosen = {}
     for field in ("granularity", "magnitude"):
         values = Counter(getattr(tensor, field) for tensor in inspection.tensors)
@@ -144,8 +144,10 @@ def _chosen(inspection: Inspection) -> dict[str, str]:
                 f"{value} ({count})" if len(values) > 1 else value
                 for value, count in values.most_common()
             ).replace(FIRST_DIMENSION, "nuslerp_row_wise")
-    scales = {t.lambda_ for t in inspection.tensors if t.lambda_ is not None}
-    return chosen | ({"lambda": span(scales)} if scales - {1} else {})
+    for name, field in (("contrast", "contrast"), ("lambda", "lambda_")):
+        found = {getattr(tensor, field) for tensor in inspection.tensors} - {None}
+        chosen |= {name: span(found)} if found - {1} else {}
+    return chosen
 
 
 # --- Tables ------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 // Copyright (C) 2026 The mergekit-nuslerp authors
 // SPDX-License-Identifier: LGPL-3.0-only
 
-// Gram matrices and combinations of contiguous vectors, for native.py. C++17
-// for GCC or Clang. Weights are read in tiles that fit the first cache, in a working
-// type. Sums of float over a tile are added up in double. A job is cut into the same
-// blocks, whose sums are added in the same order, whatever the number of threads.
+// Gram matrices and combinations of contiguous vectors, for native.py. C++17 for GCC or
+// Clang. Weights are read in tiles that fit the first cache, in a working type. Sums of
+// float over a tile are added up in double. A job is cut into the same blocks, whose
+// sums are added in the same order, whatever the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -82,7 +82,7 @@ template <class S> INLINE bool finite(S x) { return x - x == 0; }
 // As native.py passes them. A view is (outer, length, inner, width), and its last two
 // dimensions are contiguous.
 struct Sizes {
-  Index stored, in_double, models, has_base;
+  Index stored, in_double, models, has_base, has_rows;
   Index outer, length, inner, width, outer_stride, length_stride;
 };
 
@@ -103,13 +103,13 @@ struct Job : Sizes {
   Index splits, runs, parts;   // of the width, of the rows, and of both
   Index outer_step, inner_step, inner_steps, blocks;
   double* grams = nullptr;     // (part, outer, inner, models, models)
-  const double* coefficients;  // (outer, inner, models), or none for Gram matrices
+  const double* coefficients;  // (outer, inner, models), rows' (outer, length, models)
   void* result;
   std::atomic<bool> infinite{false};
 
   Job(const void* const* inputs, const Sizes& sizes, const double* c, void* result)
       : Sizes(sizes), inputs(inputs), coefficients(c), result(result) {
-    along = inner == 1 && (length == 1 || length_stride == width);
+    along = inner == 1 && !has_rows && (length == 1 || length_stride == width);
     rows = along || coefficients ? 1 : ROWS;
     Index room = TILE_BYTES / (in_double ? 8 : 4) / (models + 1) / rows;
     tile = std::clamp<Index>(room / 64 * 64, 64, WIDTH);
@@ -210,6 +210,7 @@ template <class S, class W>
 INLINE void combine(Job& job, const Block& block, double* scratch) {
   W* factors = reinterpret_cast<W*>(scratch);
   W* tile = factors + job.models * job.tile;
+  const double* rows = job.coefficients + job.outer * job.inner * job.models;
   Index along = job.along, each = along ? 1 : block.width;
   for (Index o = block.outer; o < block.outer_stop; o++) {
     const double* c = job.coefficients + (o * job.inner + block.inner) * job.models;
@@ -220,9 +221,9 @@ INLINE void combine(Job& job, const Block& block, double* scratch) {
       Index count = read<S>(job, block, o, r, tile);
       W* __restrict total = tile + job.models * job.tile;
       for (Index m = 0; m < job.models; m++) {
-        const W* __restrict vector = tile + m * job.tile;
-        const W* __restrict factor = factors + m * job.tile;
-        for (Index k = 0; k < count; k++) total[k] += factor[along ? 0 : k] * vector[k];
+        const W *__restrict x = tile + m * job.tile, *f = factors + m * job.tile;
+        W row = job.has_rows ? W(rows[(o * job.length + r) * job.models + m]) : W(1);
+        for (Index k = 0; k < count; k++) total[k] += row * f[along ? 0 : k] * x[k];
       }
       S* __restrict to = static_cast<S*>(job.result) + job.offset(block, o, r);
       Bits infinite = 0;

@@ -66,10 +66,14 @@ def combine(
     coefficients: torch.Tensor,
     out: torch.Tensor,
     dtype: torch.dtype,
+    rows: torch.Tensor | None = None,
 ) -> bool:
     infinite = 0
     for piece in pieces(out.shape, _MOST_ELEMENTS):
         factors = coefficients[piece[0], piece[2]].contiguous()
+        if rows is not None:
+            parts = factors, rows[piece[0], piece[1]]
+            factors = torch.cat([part.flatten() for part in parts])
         infinite |= _call(inputs, base, dtype, piece, factors, out[piece])
     return not infinite
 
@@ -86,7 +90,8 @@ def _call(
     parts = [x[piece] for x in (inputs if base is None else [*inputs, base])]
     first, in_double = parts[0], dtype == torch.float64
     sizes = _STORED.index(first.dtype), in_double, len(inputs), base is not None
-    sizes = (*sizes, *first.shape, *first.stride()[:2])
+    has_rows = coefficients is not None and coefficients.dim() == 1
+    sizes = (*sizes, has_rows, *first.shape, *first.stride()[:2])
     worthwhile = max(1, len(parts) * first.numel() // _THREAD_ELEMENTS)
     status: int = _LIBRARY.nuslerp(
         (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts)),

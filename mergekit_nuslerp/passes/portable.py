@@ -63,6 +63,7 @@ def combine(
     coefficients: torch.Tensor,
     out: torch.Tensor,
     dtype: torch.dtype,
+    rows: torch.Tensor | None = None,
 ) -> bool:
     """Write `base + sum c_i (inputs[i] - base)`, rounded once.
 
@@ -70,15 +71,21 @@ def combine(
         inputs, base, dtype: as in `gram`.
         coefficients: `(outer, inner, N)`.
         out: of the inputs' shape, to write to.
+        rows: `(outer, length, N)`, factors of the c_i, if any.
 
     Returns:
         Whether all numbers written are finite.
     """
     # One value a vector, contiguous for each model: strided factors are slow.
     factors = coefficients.to(dtype).movedim(-1, 0).contiguous()[:, :, None, :, None]
+    if rows is not None:
+        rows = rows.to(dtype).movedim(-1, 0)[..., None, None]
     extremes: list[torch.Tensor] = []
     for piece, vectors, total, buffer in _pieces(inputs, base, dtype):
-        for vector, factor in zip(vectors, factors[:, piece[0], :, piece[2]]):
+        scales = factors[:, piece[0], :, piece[2]]
+        if rows is not None:
+            scales = scales * rows[:, piece[0], piece[1]]
+        for vector, factor in zip(vectors, scales):
             if total is None:
                 total = torch.mul(vector, factor, out=buffer)
             else:
