@@ -38,8 +38,7 @@ constexpr Index PARTS = 64;            // blocks of a job across memory, at leas
 constexpr Index REGISTER = 64;         // bytes, at most
 
 INLINE Index ceil(Index a, Index b) { return (a + b - 1) / b; }
-struct BFloat16 { std::uint16_t bits; };
-struct Float16 { std::uint16_t bits; };
+struct BFloat16 { std::uint16_t bits; }; struct Float16 { std::uint16_t bits; };
 template <class To, class From> INLINE To bits_as(From from) {
   To to;
   __builtin_memcpy(&to, &from, sizeof to);
@@ -208,10 +207,9 @@ INLINE void gram(Job& job, const Block& block, double* sums) {
 
 template <class S, class W>
 INLINE void combine(Job& job, const Block& block, double* scratch) {
-  W* factors = reinterpret_cast<W*>(scratch);
-  W* tile = factors + job.models * job.tile;
+  W *factors = reinterpret_cast<W*>(scratch), *tile = factors + job.models * job.tile;
   const double* rows = job.coefficients + job.outer * job.inner * job.models;
-  Index along = job.along, each = along ? 1 : block.width;
+  Index along = job.along, has_rows = job.has_rows, each = along ? 1 : block.width;
   for (Index o = block.outer; o < block.outer_stop; o++) {
     const double* c = job.coefficients + (o * job.inner + block.inner) * job.models;
     for (Index v = 0; v < block.inners; v++)
@@ -222,8 +220,9 @@ INLINE void combine(Job& job, const Block& block, double* scratch) {
       W* __restrict total = tile + job.models * job.tile;
       for (Index m = 0; m < job.models; m++) {
         const W *__restrict x = tile + m * job.tile, *f = factors + m * job.tile;
-        W row = job.has_rows ? W(rows[(o * job.length + r) * job.models + m]) : W(1);
-        for (Index k = 0; k < count; k++) total[k] += row * f[along ? 0 : k] * x[k];
+        W row = has_rows ? W(rows[(o * job.length + r) * job.models + m]) : W(1);
+        for (Index k = 0; k < count; k++)
+          total[k] += (has_rows ? row * f[k] : f[along ? 0 : k]) * x[k];
       }
       S* __restrict to = static_cast<S*>(job.result) + job.offset(block, o, r);
       Bits infinite = 0;
@@ -282,8 +281,8 @@ void run(Job& job, Index threads) {
 }
 }  // namespace
 
-// Adds to zeros (outer, inner, models, models), or writes the result of coefficients.
-// Returns 1 if that is not finite, and 2 if there is no memory.
+// Without coefficients adds to zeros (outer, inner, models, models), or else writes the
+// result. Returns 1 if that is not finite, and 2 if there is no memory.
 extern "C" int nuslerp(const void* const* inputs, const Sizes* sizes,
                        const double* coefficients, void* result, Index threads) try {
   Job job(inputs, *sizes, coefficients, result);
