@@ -81,7 +81,7 @@ WARNINGS = {
     under_parameters("nuslerp_row_wise: true"): ("'nuslerp_row_wise'", "Write both"),
     under_parameters("nuslerp_contrast: 2"): (
         "'nuslerp_contrast'",
-        "where each tensor is one vector",
+        "where each matrix is one vector",
     ),
     under_parameters("nuslerp_contrast: 2, nuslerp_flatten: true"): (
         "'nuslerp_contrast'",

@@ -136,13 +136,18 @@ REFUSED = {
     weight("-0.1").replace("dtype", "parameters: {nuslerp_contrast: 2}\ndtype"): (
         "'weight' of model ./kd",
         "embed_tokens",
-        "is -0.1, but with `nuslerp_contrast: 2` weights, [",
-        "no such power. Write weights of at least 0",
+        "is -0.1, but weights with `nuslerp_contrast: 2`, [",
+        "Write weights of at least 0",
     ),
     weight("-0.1").replace(
         "dtype", "parameters: {nuslerp_granularity: row*column}\ndtype"
     ): (
-        ("'weight' of model ./kd", "embed_tokens", "row*column` weights", "at least 0")
+        (
+            "'weight' of model ./kd",
+            "embed_tokens",
+            "weights with `nuslerp_granularity: row*column`",
+            "at least 0",
+        )
         if TYPED
         else ("nuslerp_granularity", "mergekit==0.1.5")
     ),

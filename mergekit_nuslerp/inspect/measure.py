@@ -38,9 +38,10 @@ from mergekit_nuslerp.geometry import (
     antipodal_bound,
     mean_coefficients,
     normalize_weights,
+    profile,
     sums_to_zero,
 )
-from mergekit_nuslerp.granularity import ROW_COLUMN
+from mergekit_nuslerp.granularity import ROW_COLUMN, wholes
 from mergekit_nuslerp.inspect.figures import (
     QUANTILES,
     Distribution,
@@ -353,10 +354,17 @@ def measure(
     matrices = grams[-prod(inputs[0].shape[:-2]) :] if both else grams
     whole = matrices.sum(0, keepdim=True)
     norms, without_mean = whole[0].diagonal().sqrt(), int((~unique).sum())
+    parts = wholes((1, *inputs[0].shape), values.granularity)
+    if values.contrast != 1 and len(grams) > parts and not both:
+        compared = grams.view(parts, -1, count, count).sum(1, keepdim=True)
+        means, unique = mean_coefficients(compared, weights, magnitude=values.magnitude)
+        found = profile(coefficients.view(parts, -1, count), means, values.contrast)
+        coefficients = (means * found).view(-1, count)
+        without_mean += int((~unique).sum())
     added, merged, measured = weights.expand_as(coefficients), coefficients, grams
     effective = _effective(coefficients, grams)
-    if both or (values.contrast != 1 and len(grams) > 1):
-        # Coefficients depend on those of the whole, too: the merge itself is measured.
+    if both:
+        # Coefficients differ from element to element: the merge itself is measured.
         measured, without_mean = _with_merged(inputs, base, given_weights, values)
         added = torch.cat([weights.new_zeros(1), weights]).unsqueeze(0)
         merged = torch.eye(1, count + 1, dtype=weights.dtype)
