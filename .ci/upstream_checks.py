@@ -119,11 +119,13 @@ def merge_examples(folder: str, switch: str) -> None:
     configs = sorted((ROOT / "example_configs").glob("*.yaml"))
     assert configs
     for path in configs:
-        if "nuslerp_granularity: head" in path.read_text("utf-8"):
-            print(f"{path.name} needs the plugin: `head` is not proposed")
+        text = path.read_text("utf-8")
+        ours = ("head", "row*column")
+        if any(f"nuslerp_granularity: {name}" in text for name in ours):
+            print(f"{path.name} needs the plugin: its granularity is not proposed")
             continue
         out = Path(folder, switch, path.stem)
-        merge_here(path.read_text("utf-8"), out, cwd=Path(folder, "models"))
+        merge_here(text, out, cwd=Path(folder, "models"))
 
 
 ENTRY_POINT = """

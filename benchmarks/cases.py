@@ -27,7 +27,7 @@ PAIRS = (("mergekit", "plugin"), ("mergekit", "plugin, portable"))
 
 WEIGHTS = (0.3, 0.7, 0.5, 0.4, 0.6, 0.2, 0.9, 0.8)
 GRANULARITIES = ("tensor", "row", "column")
-ALL_GRANULARITIES = (*GRANULARITIES, "row:128", "column:128")
+ALL_GRANULARITIES = (*GRANULARITIES, "row:128", "column:128", "row*column")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
