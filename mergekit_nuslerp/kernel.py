@@ -189,7 +189,8 @@ def merge_batch(
                 gram, shares[outputs], magnitude=magnitude, antipodal_tolerance=near
             )
             coefficients = lambda_ * coefficients
-            if working != wide and _is_precise(gram, coefficients, unique):
+            squares = gram.diagonal(dim1=-2, dim2=-1)
+            if working != wide and _is_precise(squares, coefficients, unique):
                 break
         else:
             _check(inputs, origin, gram, outputs)
@@ -278,15 +279,14 @@ def _check(
 
 
 def _is_precise(
-    gram: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
+    squares: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
 ) -> bool:
-    """Whether float32 is enough for Gram matrices and for what comes of them."""
-    smallest = gram.diagonal(dim1=-2, dim2=-1).amin()
+    """Whether float32 is enough for vectors of these squared lengths."""
     sizes = coefficients.abs()
     within = (sizes >= _COEFFICIENTS[0]) & (sizes <= _COEFFICIENTS[1])
     fine = (within | (coefficients == 0)).all() & unique.all()
     # Of lengths that are infinite, no coefficient is a number.
-    return bool(fine & (smallest >= _SMALLEST_SQUARE))
+    return bool(fine & (squares >= _SMALLEST_SQUARE).all())
 
 
 def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
