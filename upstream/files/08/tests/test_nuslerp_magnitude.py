@@ -50,6 +50,14 @@ def test_zero_vectors_count_in_the_length_alone():
         torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("magnitude", ["slerp", "linear", "geometric"])
+def test_vectors_without_a_mean_are_merged_linearly(magnitude):
+    result = merge([A, -2 * A], nuslerp_magnitude=magnitude)
+    torch.testing.assert_close(result, (2 - 2 * 5) / 7 * A)
+    zero = torch.zeros_like(A)
+    assert merge([zero, zero], nuslerp_magnitude=magnitude).equal(zero)
+
+
 def test_karcher_is_nuslerp_of_linear_magnitude():
     parameters = {"weight": [1, 1, 1], "nuslerp_magnitude": "linear"}
     result = merge_tensors([A, B, C], "nuslerp", parameters=parameters)
