@@ -568,7 +568,8 @@ def vector_view(shape: Sequence[int], granularity: str) -> Tuple[int, int, int, 
             "- `nuslerp_flatten` (global)",
             "- `nuslerp_granularity` (global): What forms one vector on the sphere: "
             "`tensor`, `matrix`, `row`, `column`, or `row:N` and `column:N` for N of "
-            "them. Comes before the two flags below. Not set by default\n"
+            "them. Comes before `nuslerp_flatten` and `nuslerp_row_wise`. Not set by "
+            "default\n"
             "- `nuslerp_flatten` (global)",
         ),
     ],
