@@ -43,7 +43,6 @@ _GROUP_ELEMENTS = 2**22
 # degrees or more from opposite, as the inner products of nearer ones feel its rounding.
 _SMALLEST_SQUARE = 1e-24
 _COEFFICIENTS = 1e-18, 1e18
-_PROFILES = 1e-6, 1e6  # which multiply them
 _NEAR_ANTIPODAL = 4e-3
 # The least squared length in float64 whose terms are not subnormal.
 _SHORTEST = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps ** 2
@@ -235,7 +234,8 @@ class _Means(NamedTuple):
                 gram = self.chosen.gram(inputs, base, working)
                 found = self._coefficients(gram, self.shares[outputs], working)
                 coefficients, unique = scale * found[0], found[1]
-                if working != wide and _is_precise(gram, coefficients, unique):
+                squares = gram.diagonal(dim1=-2, dim2=-1)
+                if working != wide and _is_precise(squares, coefficients, unique):
                     break
             else:
                 _check(inputs, base, gram, outputs)
@@ -269,7 +269,8 @@ class _Means(NamedTuple):
                 used.add(working)
         working = wide if exact else torch.float32
         means, unique = self._coefficients(grams, shares, working)
-        if used != {working} or not (exact or _is_precise(grams, means, unique)):
+        squares = grams.diagonal(dim1=-2, dim2=-1)
+        if used != {working} or not (exact or _is_precise(squares, means, unique)):
             self.linear.zero_()
             yield from self.compared(levels, whole, contrast, True, scale)
             return
@@ -282,13 +283,15 @@ class _Means(NamedTuple):
             )
         )
         coefficients = (scale * means * first).view(tables[0].shape)
-        fine = _are_within(coefficients, _COEFFICIENTS)
-        fine = fine and all(_are_within(factors, _PROFILES) for factors in others)
+        # With the third power, factors of coefficients are between 1e-6 and 1e6.
+        sizes = coefficients, *(factors**3 for factors in others)
+        if not all(_is_precise(squares, each, unique) for each in sizes):
+            working = wide
         for group in _groups(levels[0], self.has_base, batch):
             part, outputs, *_ = group
             refuse_infinite(coefficients[part[::2]], outputs, "a coefficient")
             rows = others[0][part[0]] if others else None
-            yield group, working if fine else wide, coefficients[part[::2]], rows
+            yield group, working, coefficients[part[::2]], rows
 
     def _coefficients(
         self, gram: torch.Tensor, shares: torch.Tensor, working: torch.dtype
@@ -387,20 +390,14 @@ def _check(
 
 
 def _is_precise(
-    gram: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
+    squares: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
 ) -> bool:
-    """Whether float32 is enough for Gram matrices and for what comes of them."""
-    smallest = gram.diagonal(dim1=-2, dim2=-1).amin()
+    """Whether float32 is enough for vectors of these squared lengths."""
+    sizes = coefficients.abs()
+    within = (sizes >= _COEFFICIENTS[0]) & (sizes <= _COEFFICIENTS[1])
+    fine = (within | (coefficients == 0)).all() & unique.all()
     # Of lengths that are infinite, no coefficient is a number.
-    fine = _are_within(coefficients, _COEFFICIENTS) and unique.all()
-    return bool(fine and smallest >= _SMALLEST_SQUARE)
-
-
-def _are_within(values: torch.Tensor, limits: tuple[float, float]) -> bool:
-    """Whether the sizes of values other than zero are between limits."""
-    sizes = values.abs()
-    within = (sizes >= limits[0]) & (sizes <= limits[1])
-    return bool((within | (sizes == 0)).all())
+    return bool(fine & (squares >= _SMALLEST_SQUARE).all())
 
 
 def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:

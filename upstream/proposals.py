@@ -204,8 +204,6 @@ def nuslerp(
             _NUSLERP,
             "nuslerp_merge_method",
             """\
-    if not group.tensors[0].is_floating_point():
-        raise TypeError("NuSLERP requires floating-point tensors")
     entries = group.non_base
     return nuslerp(
         [entry.tensor for entry in entries],
@@ -245,8 +243,7 @@ MANY = Proposal(
         append(
             _SPHERICAL,
             "# take geometry: karcher_coefficients\n\n\n"
-            "# take whole geometry: _LogMaps\n\n\n"
-            "# take geometry: _product\n",
+            "# take whole geometry: _LogMaps\n",
         ),
         edit(
             _NUSLERP,
@@ -261,7 +258,8 @@ MANY = Proposal(
 
     Two are interpolated along a great circle, more are merged into their Karcher mean.
     Weights are relative, and equal where they sum to almost zero. Vectors without a
-    unique mean, such as opposite ones, are merged linearly.
+    unique mean, and all of more than two where two are opposite, are merged linearly.
+    Of more than two only derivatives of first order in reverse mode are right.
 ''',
             within="nuslerp",
         ),
@@ -269,7 +267,7 @@ MANY = Proposal(
             _NUSLERP,
             "\n    def solve(",
             """\
-    if len(tensors) > 2 and (shares < 0).any():
+    if len(tensors) > 2 and min(weights) < 0:
         raise ValueError(f"Weights of more than two inputs are negative: {weights}")
 
     def solve(""",
@@ -277,8 +275,12 @@ MANY = Proposal(
         ),
         edit(
             _NUSLERP,
-            "        min_non_base=2,\n        max_non_base=2,\n",
-            "        min_non_base=2,\n",
+            "    contract=InputContract(\n"
+            "        base=BasePolicy.OPTIONAL,\n"
+            "        min_non_base=2,\n"
+            "        max_non_base=2,\n"
+            "    ),\n",
+            "    contract=InputContract(base=BasePolicy.OPTIONAL, min_non_base=2),\n",
         ),
         edit(
             _KARCHER,
@@ -296,8 +298,13 @@ from mergekit.merge_methods.spherical import (
             _KARCHER,
             "karcher_merge_tensors",
             '''\
-def karcher_merge_tensors(tensors, alphas, tol=1e-5):
-    """Compute a weighted Karcher mean on the unit hypersphere."""
+def karcher_merge_tensors(tensors, alphas, *, tol=1e-5):
+    """Compute a weighted Karcher mean on the unit hypersphere.
+
+    No weight is negative. Only derivatives of first order in reverse mode are right.
+    """
+    if len(tensors) == 1:
+        return tensors[0]
     alphas = torch.tensor(alphas, dtype=torch.float64)
 
     def solve(gram, bound):
@@ -351,7 +358,8 @@ def karcher_merge_tensors(tensors, alphas, tol=1e-5):
         edit_docs(
             _GUIDE,
             "- `tol` (global): Convergence tolerance. Default",
-            "- `tol` (global): Length up to which an input has no direction. Default",
+            "- `tol` (global): Length up to which an input, or the sum of inputs that "
+            "cancel, has no direction. Default",
         ),
         edit_docs(
             _GUIDE,
@@ -560,7 +568,8 @@ def vector_view(shape: Sequence[int], granularity: str) -> Tuple[int, int, int, 
             "- `nuslerp_flatten` (global)",
             "- `nuslerp_granularity` (global): What forms one vector on the sphere: "
             "`tensor`, `matrix`, `row`, `column`, or `row:N` and `column:N` for N of "
-            "them. Comes before the two flags below. Not set by default\n"
+            "them. Comes before `nuslerp_flatten` and `nuslerp_row_wise`. Not set by "
+            "default\n"
             "- `nuslerp_flatten` (global)",
         ),
     ],
@@ -622,7 +631,7 @@ def _parameter_spec(
         edit(
             _SPHERICAL,
             "\n\ndef merge_vectors(",
-            "# take geometry: Magnitude\n\n\ndef merge_vectors(",
+            "\n# take geometry: Magnitude\n\n\ndef merge_vectors(",
         ),
         replace(
             _SPHERICAL,
@@ -681,8 +690,8 @@ def _parameter_spec(
             _GUIDE,
             "- `nuslerp_flatten` (global)",
             "- `nuslerp_magnitude` (global): Length of the result: `slerp` for its "
-            "formula, `linear` or `geometric` for that mean of the lengths. Default "
-            "`slerp`\n"
+            "formula, `linear` or `geometric` for that mean of the lengths, but not "
+            "below 0. Default `slerp`\n"
             "- `lambda` (global): Scales the merged task vector. Needs a `base_model`. "
             "Default 1.0\n"
             "- `nuslerp_flatten` (global)",

@@ -70,6 +70,12 @@ def test_opposite_and_zero_vectors():
     torch.testing.assert_close(merge([zero, zero], [1, 1]), zero)
 
 
+def test_short_vectors_are_merged_at_their_own_angle():
+    a, b, _ = random(20)
+    result = merge([1e-9 * a, 1e-9 * b], [0.3, 0.7])
+    torch.testing.assert_close(1e9 * result, exact(0.7, a, b))
+
+
 @pytest.mark.parametrize(
     "flatten,row_wise", [(True, False), (False, False), (False, True)]
 )

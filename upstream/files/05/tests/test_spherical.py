@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mergekit.merge_methods import merge_tensors
+from mergekit.merge_methods.karcher import karcher_merge_tensors
 
 
 def unit(x):
@@ -72,9 +73,17 @@ def test_vectors_that_cancel_are_merged_linearly():
     torch.testing.assert_close(result, sum(units) / 3)
 
 
-def test_negative_weights_of_several_models_are_refused():
+# Once normalised, the last two would be positive.
+@pytest.mark.parametrize("weight", [[1, -1, 1], [1, -1, 0], [-1, -1, -1]])
+def test_negative_weights_of_several_models_are_refused(weight):
     with pytest.raises(ValueError, match="negative"):
-        merge_tensors(random(3), "nuslerp", parameters={"weight": [1, -1, 1, 1]})
+        merge_tensors(random(3, count=3), "nuslerp", parameters={"weight": weight})
+
+
+def test_an_opposite_pair_makes_three_vectors_linear():
+    a, b = random(20, count=2)
+    result = merge_tensors([a, -a, b], "nuslerp", parameters={"weight": [1, 1, 2]})
+    torch.testing.assert_close(result, b / 2)
 
 
 def test_gradients_of_several_models():
@@ -102,3 +111,32 @@ def test_karcher_leaves_short_inputs_out_of_the_direction():
 def test_karcher_of_opposite_inputs_keeps_the_first():
     a = torch.tensor([3.0, 4.0])
     torch.testing.assert_close(merge_tensors([a, -a], "karcher"), a)
+
+
+def test_karcher_of_an_opposite_pair_and_a_third_takes_the_sum():
+    a = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    b = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    result = merge_tensors([a, -a, b], "karcher")
+    torch.testing.assert_close(result, 7 / 3 * b / 5)
+
+
+def test_karcher_has_no_max_iter_to_be_mistaken_for_tol():
+    with pytest.raises(TypeError):
+        karcher_merge_tensors(random(3, count=2), [0.5, 0.5], 10)
+    (alone,) = random(3, count=1)
+    assert karcher_merge_tensors([alone], [1.0]) is alone
+
+
+def test_karcher_accepts_max_iter_in_configs():
+    tensors = random(20, count=3)
+    result = merge_tensors(tensors, "karcher", parameters={"max_iter": 1})
+    assert result.equal(merge_tensors(tensors, "karcher"))
+
+
+@pytest.mark.parametrize("method", ["karcher", "nuslerp"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_other_tensors_than_floating_point_are_refused(method, dtype):
+    tensors = [torch.ones(2, dtype=dtype)] * 3
+    parameters = {"weight": [1, 1, 1]} if method == "nuslerp" else {}
+    with pytest.raises(TypeError, match="floating-point"):
+        merge_tensors(tensors, method, parameters=parameters)

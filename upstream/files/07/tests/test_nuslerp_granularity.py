@@ -53,8 +53,12 @@ def test_names_for_what_the_flags_say():
     }.items():
         expected = merge(tensors, **flags)
         assert merge(tensors, granularity).equal(expected)
-        # It comes before the flags.
-        assert merge(tensors, granularity, nuslerp_flatten=True).equal(expected)
+
+
+def test_granularity_comes_before_the_flags():
+    tensors, flags = (A, B, BASE), {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+    assert not merge(tensors, **flags).equal(merge(tensors))
+    assert merge(tensors, "tensor", **flags).equal(merge(tensors))
 
 
 def test_vectors_are_merged_whole():

@@ -37,6 +37,27 @@ def test_lengths_are_means(tensors):
         torch.testing.assert_close(result / length, mean)
 
 
+def test_a_mean_length_below_zero_is_zero():
+    assert 5 * A.norm() - 4 * (5 * B).norm() < 0
+    result = merge([A, 5 * B], weight=[5, -4], nuslerp_magnitude="linear")
+    assert result.equal(torch.zeros(30).double())
+
+
+def test_zero_vectors_count_in_the_length_alone():
+    zero = torch.zeros_like(A)
+    for magnitude, expected in {"linear": 2 / 7 * A, "geometric": zero}.items():
+        result = merge([A, zero], nuslerp_magnitude=magnitude)
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("magnitude", ["slerp", "linear", "geometric"])
+def test_vectors_without_a_mean_are_merged_linearly(magnitude):
+    result = merge([A, -2 * A], nuslerp_magnitude=magnitude)
+    torch.testing.assert_close(result, (2 - 2 * 5) / 7 * A)
+    zero = torch.zeros_like(A)
+    assert merge([zero, zero], nuslerp_magnitude=magnitude).equal(zero)
+
+
 def test_karcher_is_nuslerp_of_linear_magnitude():
     parameters = {"weight": [1, 1, 1], "nuslerp_magnitude": "linear"}
     result = merge_tensors([A, B, C], "nuslerp", parameters=parameters)

@@ -5,7 +5,8 @@
 
 A mean lies in the span of its inputs, so its coefficients depend on their Gram matrix
 alone: one pass over the vectors takes inner products, a second one combines. Small
-tensors go without PyTorch's `sqrt`, `sin`, `acos` and `@`, which wait for threads.
+tensors go without `sqrt`, `sin` and `acos`: PyTorch hands these to several threads on
+CPUs, which takes milliseconds where the cores are busy.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ def merge_vectors(
     antipodal, and returns coefficients `(N, outer, inner)` and whether there is a
     unique mean, `(outer, inner)`. Work on 16-bit inputs in float32, and in float64
     where that is too coarse and on other inputs. Chunking bounds inference scratch,
-    not autograd graphs.
+    not autograd graphs, nor copies of strided inputs that cannot be viewed so.
     """
     views = [x.reshape(sizes) for x in (*tensors, *([] if base is None else [base]))]
+    if not all(view.is_floating_point() for view in views):
+        raise TypeError("Spherical means require floating-point tensors")
     result, count = views[0].new_empty(sizes), len(tensors)
     if not result.numel():
         return result.reshape(tensors[0].shape)
@@ -46,6 +49,7 @@ def merge_vectors(
     # Apple's GPUs have no float64.
     wide = torch.float32 if result.device.type == "mps" else torch.float64
     narrow = torch.float32 if result.dtype.itemsize == 2 and not recorded else wide
+    # Where both are one dtype, the second entry is all that stays.
     bounds = {narrow: _NEAR_ANTIPODAL, wide: _GRAM_ROUNDING * torch.finfo(wide).eps}
     outers, length, inners, width = sizes
     most = max(1, _GRAM_ENTRIES // count**2)
@@ -59,8 +63,7 @@ def merge_vectors(
         for dtype, bound in bounds.items():
             gram = _gram(group, count, dtype, wide, memory)
             coefficients, unique = solve(gram, bound)
-            vectors_first = gram.permute(2, 3, 0, 1)
-            if dtype == wide or _is_precise(vectors_first, coefficients, unique):
+            if dtype == wide or _is_precise(gram.diagonal(), coefficients, unique):
                 break
         # Contiguous, since strided factors are slow.
         factors = coefficients.to(dtype).contiguous()[:, :, None, :, None]
