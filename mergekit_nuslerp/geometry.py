@@ -34,8 +34,9 @@ _GRAM_ROUNDING = 32
 # thread, as several would wait for each other where a machine is busy.
 _MOST_ENTRIES = 2**15 - 1
 
-# What a contrast above 1 multiplies coefficients by, at most, so that those of vectors
+# A contrast, and what one above 1 multiplies coefficients by, so that those of vectors
 # that nearly cancel stay bounded.
+MOST_CONTRAST = 100
 _LARGEST_GAIN = 4.0
 
 # Newton steps to a Karcher mean: five where vectors are close to orthogonal, a dozen
@@ -110,7 +111,7 @@ def profile(
     Args:
         coefficients: `(..., vectors, N)`, none negative.
         whole: broadcastable to that, none negative.
-        contrast: at least 0.
+        contrast: from 0 to 100.
     """
     ratio = coefficients / torch.where(whole == 0, math.inf, whole)
     zero = ratio == 0

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 from itertools import product
-from math import inf, isfinite
+from math import isfinite
 from types import ModuleType
 from typing import NamedTuple, get_args
 
@@ -24,6 +24,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from mergekit_nuslerp import passes
 from mergekit_nuslerp.geometry import (
+    MOST_CONTRAST,
     Magnitude,
     mean_coefficients,
     normalize_weights,
@@ -105,7 +106,7 @@ def nuslerp(
             interpolated unit vectors to the vectors themselves, as mergekit does;
             `"linear"` and `"geometric"` take the weighted mean of the lengths, which is
             at least 0.
-        contrast: at least 0; the power of what coefficients are over those of their
+        contrast: from 0 to 100; the power of what coefficients are over those of their
             whole matrix: 0 merges it as `"matrix"` does, and above 1 its vectors differ
             more, as far as `geometry.profile` lets them.
         lambda_: scales the merged task vectors. Needs a base, unless 1.
@@ -183,124 +184,164 @@ def merge_batch(
         )
     if magnitude not in get_args(Magnitude):
         raise ValueError(f"magnitude must be one of {get_args(Magnitude)}")
-    if not 0 <= contrast < inf:
-        raise ValueError(f"contrast must be finite and at least 0, not {contrast}")
+    if not 0 <= contrast <= MOST_CONTRAST:
+        raise ValueError(f"contrast must be in [0, {MOST_CONTRAST}], not {contrast}")
     if not isfinite(lambda_) or (base is None and lambda_ != 1):
         raise ValueError(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
     given = [*tensors] if base is None else [*tensors, base]
+    # Of two, the first one's vectors are merged, with factors of their rows.
     kinds = ("column", "row") if granularity == ROW_COLUMN else (granularity,)
     levels = [_views(given, kind) for kind in kinds]
     views, batch = levels[0], max(1, len(shares))
+    groups = [[*_groups(level, base is not None, batch)] for level in levels]
     dtype = reduce(torch.promote_types, (view.dtype for view in views))
     exact = is_recorded(views) or dtype.itemsize > 2
     shares = shares.to(views[0].device, wide_dtype(views[0].device)).unsqueeze(1)
     result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
     linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
-    chosen = passes.choose(views)
-    means = _Means(chosen, base is not None, shares, magnitude, linear)
-    steps = means.groups(views, exact, lambda_)
-    vectors = [len(level[0]) * level[0].shape[2] for level in levels]
-    whole = wholes(given[0].shape, granularity)
-    if max(vectors) > whole and (contrast != 1 or len(levels) > 1):
-        vectors = [sum(vectors) + whole]
-        if not _is_empty(result):
-            steps = means.compared(levels, whole, contrast, exact, lambda_)
-    for (part, outputs, inputs, origin), working, coefficients, rows, *_ in steps:
-        out = result[part]
-        if not chosen.combine(inputs, origin, coefficients, out, working, rows):
-            refuse_infinite(out, outputs, "the result")
-    return Merged(result.view(tensors[0].shape), vectors[0] // batch, linear)
+    means = _Means(passes.choose(views), shares, magnitude)
+    counts = [len(level[0]) * level[0].shape[2] for level in levels]
+    vectors, whole = counts[0], wholes(given[0].shape, granularity)
+    compared = None
+    if max(counts) > whole and (contrast != 1 or len(levels) > 1):
+        vectors = sum(counts) + whole
+        if groups[0]:
+            compared = means.compare(groups, whole, contrast, lambda_, exact)
+            linear = compared.linear
+    for group in groups[0]:
+        if compared:
+            working, coefficients, rows = compared.of(group)
+        else:
+            working, _, coefficients, unique = means.of(group, exact, lambda_)
+            linear.index_add_(0, group.outputs, (~unique).sum(-1))
+            rows = None
+        out = result[group.outer, :, group.inner]
+        if not means.chosen.combine(
+            group.inputs, group.base, coefficients, out, working, rows
+        ):
+            refuse_infinite(out, group.outputs, "the result")
+    return Merged(result.view(tensors[0].shape), vectors // batch, linear)
+
+
+class _Group(NamedTuple):
+    """Vectors to merge at once: a part `[outer, :, inner]` of each view."""
+
+    outer: slice
+    inner: slice
+    outputs: torch.Tensor  # which weight each outer index is of
+    inputs: list[torch.Tensor]
+    base: torch.Tensor | None
+
+
+class _Compared(NamedTuple):
+    """Coefficients of all vectors, compared to those of the matrices they are of."""
+
+    working: torch.dtype  # what to combine in
+    coefficients: torch.Tensor  # (outer, inner, N)
+    rows: torch.Tensor | None  # (outer, length, N), factors of them
+    linear: torch.Tensor  # (batch,), vectors and matrices without a unique mean
+
+    def of(
+        self, group: _Group
+    ) -> tuple[torch.dtype, torch.Tensor, torch.Tensor | None]:
+        rows = None if self.rows is None else self.rows[group.outer]
+        return self.working, self.coefficients[group.outer, group.inner], rows
 
 
 class _Means(NamedTuple):
-    """The first two steps: coefficients of the vectors, in groups."""
+    """The first two steps."""
 
     chosen: ModuleType  # the pass
-    has_base: bool
     shares: torch.Tensor  # (batch, 1, N)
     magnitude: Magnitude
-    linear: torch.Tensor  # (batch,), where vectors without a unique mean are counted
 
-    def groups(
-        self, views: Sequence[torch.Tensor], exact: bool, scale: float = 1.0
-    ) -> Iterator[tuple]:
-        """Groups, what to compute them in, coefficients, None, and Gram matrices."""
-        wide = self.shares.dtype
-        for group in _groups(views, self.has_base, len(self.shares)):
-            _, outputs, inputs, base = group
-            for working in (wide,) if exact else (torch.float32, wide):
-                gram = self.chosen.gram(inputs, base, working)
-                found = self._coefficients(gram, self.shares[outputs], working)
-                coefficients, unique = scale * found[0], found[1]
-                squares = gram.diagonal(dim1=-2, dim2=-1)
-                if working != wide and _is_precise(squares, coefficients, unique):
-                    break
-            else:
-                _check(inputs, base, gram, outputs)
-                refuse_infinite(coefficients, outputs, "a coefficient")
-            self.linear.index_add_(0, outputs, (~unique).sum(-1))
-            yield group, working, coefficients, None, gram
-
-    def compared(
-        self,
-        levels: Sequence[Sequence[torch.Tensor]],
-        whole: int,
-        contrast: float,
-        exact: bool,
-        scale: float,
-    ) -> Iterator[tuple]:
-        """The same of vectors whose coefficients are compared to those of the `whole`
-        matrices that they are of. The first level's vectors are yielded, and those of
-        a second one, their rows, give the factors in place of None.
+    def of(
+        self, group: _Group, exact: bool, scale: float = 1.0
+    ) -> tuple[torch.dtype, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What to compute a group in, its Gram matrices, coefficients, and which of
+        its vectors have a unique mean.
         """
-        (batch, _, count), wide = self.shares.shape, self.shares.dtype
-        shares = self.shares.repeat_interleave(whole // batch, 0)
-        tables, used = [], set()
-        for views in levels:
-            tables.append(shares.new_zeros(*views[0].shape[::2], count))
-            grams = shares.new_zeros(whole, 1, count, count)  # sums of the vectors'
-            owners = torch.arange(len(views[0]), device=shares.device)
-            owners = owners // (len(owners) // whole)
-            for (part, *_), working, found, _, gram in self.groups(views, exact):
-                tables[-1][part[::2]] = found
-                grams.index_add_(0, owners[part[0]], gram.sum(1, keepdim=True))
-                used.add(working)
-        working = wide if exact else torch.float32
-        means, unique = self._coefficients(grams, shares, working)
-        squares = grams.diagonal(dim1=-2, dim2=-1)
-        if used != {working} or not (exact or _is_precise(squares, means, unique)):
-            self.linear.zero_()
-            yield from self.compared(levels, whole, contrast, True, scale)
-            return
-        self.linear.add_((~unique).view(batch, -1).sum(-1))
-        step = max(1, _GRAM_ENTRIES // means.numel())
-        first, *others = (
-            torch.cat([profile(part, means, contrast) for part in parts], 1)
-            for parts in (
-                table.view(whole, -1, count).split(step, 1) for table in tables
-            )
-        )
-        coefficients = (scale * means * first).view(tables[0].shape)
-        # With the third power, factors of coefficients are between 1e-6 and 1e6.
-        sizes = coefficients, *(factors**3 for factors in others)
-        if not all(_is_precise(squares, each, unique) for each in sizes):
-            working = wide
-        for group in _groups(levels[0], self.has_base, batch):
-            part, outputs, *_ = group
-            refuse_infinite(coefficients[part[::2]], outputs, "a coefficient")
-            rows = others[0][part[0]] if others else None
-            yield group, working, coefficients[part[::2]], rows
+        wide, shares = self.shares.dtype, self.shares[group.outputs]
+        for working in (wide,) if exact else (torch.float32, wide):
+            gram = self.chosen.gram(group.inputs, group.base, working)
+            near = 0 if working == wide else _NEAR_ANTIPODAL
+            coefficients, unique = self.find(gram, shares, near)
+            coefficients = scale * coefficients
+            squares = gram.diagonal(dim1=-2, dim2=-1)
+            if working != wide and _is_precise(squares, coefficients, unique):
+                break
+        else:
+            _check(group, gram)
+            refuse_infinite(coefficients, group.outputs, "a coefficient")
+        return working, gram, coefficients, unique
 
-    def _coefficients(
-        self, gram: torch.Tensor, shares: torch.Tensor, working: torch.dtype
+    def find(
+        self, gram: torch.Tensor, shares: torch.Tensor, near: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`mean_coefficients` of Gram matrices that were computed in a dtype."""
-        near = 0 if working == shares.dtype else _NEAR_ANTIPODAL
         return mean_coefficients(
             gram, shares, magnitude=self.magnitude, antipodal_tolerance=near
         )
+
+    def compare(
+        self,
+        levels: Sequence[Sequence[_Group]],
+        whole: int,
+        contrast: float,
+        scale: float,
+        exact: bool,
+    ) -> _Compared:
+        """Compare vectors to the `whole` matrices of all weights.
+
+        The first level's coefficients are of its vectors, the second one's, if any, are
+        factors of their rows.
+        """
+        (batch, _, count), wide = self.shares.shape, self.shares.dtype
+        shares = self.shares.repeat_interleave(whole // batch, 0)
+        linear = torch.zeros(batch, dtype=torch.int64, device=shares.device)
+        again = partial(self.compare, levels, whole, contrast, scale, True)
+        tables = []
+        for groups in levels:
+            outer, inner = groups[-1].outer.stop, groups[-1].inner.stop
+            tables.append(shares.new_empty(outer, inner, count))
+            grams = shares.new_zeros(whole, 1, count, count)  # sums of the vectors'
+            for group in groups:
+                working, gram, found, unique = self.of(group, exact)
+                given = self.shares[group.outputs]
+                if working == wide and not (exact or self.is_precise(gram, given)):
+                    return again()
+                tables[-1][group.outer, group.inner] = found
+                owners = torch.arange(outer, device=gram.device)[group.outer]
+                owners = owners // (outer // whole)
+                grams.index_add_(0, owners, gram.sum(1, keepdim=True))
+                linear.index_add_(0, group.outputs, (~unique).sum(-1))
+        weights = torch.arange(whole, device=shares.device) // (whole // batch)
+        refuse_infinite(grams, weights, "a squared length")
+        if not exact and not self.is_precise(grams, shares):
+            return again()
+        means, unique = self.find(grams, shares, 0)
+        linear.index_add_(0, weights, (~unique).sum(-1))
+        working, factors = wide if exact else torch.float32, []
+        units = scale * means, torch.ones_like(means)
+        # With the third power, factors of coefficients are between 1e-6 and 1e6.
+        for table, unit, power in zip(tables, units, (1, 3)):
+            table = table.view(whole, -1, count)
+            factors.append(torch.empty_like(table))
+            for part in slices(table.shape[1], max(1, _GRAM_ENTRIES // means.numel())):
+                found = unit * profile(table[:, part], means, contrast)
+                factors[-1][:, part] = found
+                if not _is_precise(found.new_ones(1), found**power, unique):
+                    working = wide
+        refuse_infinite(factors[0], weights, "a coefficient")
+        rows = factors[1] if factors[1:] else None
+        return _Compared(working, factors[0].view(tables[0].shape), rows, linear)
+
+    def is_precise(self, gram: torch.Tensor, shares: torch.Tensor) -> bool:
+        """Whether float32 is enough to combine vectors, of which some may be zero."""
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        present = torch.where(squares == 0, 1, squares)
+        return _is_precise(present, *self.find(gram, shares, _NEAR_ANTIPODAL))
 
 
 def gram_matrices(
@@ -325,9 +366,10 @@ def gram_matrices(
     chosen, wide = passes.choose(views), wide_dtype(views[0].device)
     shape = *views[0].shape[::2], len(tensors), len(tensors)
     grams = torch.zeros(shape, dtype=wide, device=views[0].device)
-    for part, outputs, inputs, origin in _groups(views, base is not None, 1):
-        gram = grams[part[::2]] = chosen.gram(inputs, origin, wide)
-        _check(inputs, origin, gram, outputs)
+    for group in _groups(views, base is not None, 1):
+        gram = chosen.gram(group.inputs, group.base, wide)
+        grams[group.outer, group.inner] = gram
+        _check(group, gram)
     return grams.flatten(0, 1)
 
 
@@ -342,12 +384,11 @@ def _views(given: Sequence[torch.Tensor], granularity: str) -> list[torch.Tensor
     return [tensor.reshape(sizes) for tensor in given]
 
 
-def _groups(views: Sequence[torch.Tensor], has_base: bool, batch: int) -> Iterator:
-    """Vectors to merge at once: their part of the view, which weight each of the outer
-    indices is of, and the models' and the base's vectors.
-    """
+def _groups(
+    views: Sequence[torch.Tensor], has_base: bool, batch: int
+) -> Iterator[_Group]:
     outer, length, inner, width = views[0].shape
-    if _is_empty(views[0]):
+    if not views[0].numel() or views[0].device.type == "meta":
         return
     most = max(1, _GRAM_ENTRIES // (len(views) - has_base) ** 2)
     near = max(1, _GROUP_ELEMENTS // (length * inner * width))
@@ -358,20 +399,12 @@ def _groups(views: Sequence[torch.Tensor], has_base: bool, batch: int) -> Iterat
         outputs = torch.arange(rows.start, rows.stop, device=views[0].device)
         inputs = [view[rows, :, columns] for view in views]
         base = inputs.pop() if has_base else None
-        yield (rows, slice(None), columns), outputs // (outer // batch), inputs, base
+        yield _Group(rows, columns, outputs // (outer // batch), inputs, base)
 
 
-def _is_empty(tensor: torch.Tensor) -> bool:
-    return not tensor.numel() or tensor.device.type == "meta"
-
-
-def _check(
-    inputs: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    gram: torch.Tensor,
-    outputs: torch.Tensor,
-) -> None:
+def _check(group: _Group, gram: torch.Tensor) -> None:
     """Refuse vectors that are not finite, or whose squares are not theirs."""
+    inputs, base, outputs = group.inputs, group.base, group.outputs
     given = [*inputs] if base is None else [*inputs, base]
     if not gram.isfinite().all():
         for index, tensor in enumerate(given):

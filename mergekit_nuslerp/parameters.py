@@ -19,7 +19,7 @@ from click import ClickException
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from mergekit_nuslerp import granularity
-from mergekit_nuslerp.geometry import Magnitude, sums_to_zero
+from mergekit_nuslerp.geometry import MOST_CONTRAST, Magnitude, sums_to_zero
 from mergekit_nuslerp.kernel import NonFiniteError, RangeError
 from mergekit_nuslerp.messages import brief, printable, shortened
 
@@ -90,9 +90,9 @@ SHARED = {
         Magnitude, "slerp", f"one of {', '.join(get_args(Magnitude))}", "linear"
     ),
     "nuslerp_contrast": Parameter(
-        Annotated[float, Field(ge=0, allow_inf_nan=False)],
+        Annotated[float, Field(ge=0, le=MOST_CONTRAST)],
         1.0,
-        "a finite number of at least 0",
+        f"a number between 0 and {MOST_CONTRAST}",
         "2",
     ),
     "lambda": Parameter(

@@ -277,7 +277,7 @@ def test_a_model_without_a_part_has_none(granularity, magnitude, contrast, count
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("contrast", [1.5, 2, 6, 1e6, 1e300])
+@pytest.mark.parametrize("contrast", [1.5, 2, 6, 100])
 @pytest.mark.parametrize("degrees", [150, 179, 179.9, 179.9999, 180])
 def test_vectors_that_nearly_cancel_stay_bounded(dtype, contrast, degrees):
     ends = at_angles(0, degrees, 60, length=64)
@@ -347,8 +347,8 @@ def test_weights_below_zero_are_refused(count):
             nuslerp(tensors, weights, **options)
 
 
-@pytest.mark.parametrize("contrast", [-1, -1e-9, math.nan, math.inf])
-def test_a_contrast_is_a_number_of_at_least_0(contrast):
+@pytest.mark.parametrize("contrast", [-1, -1e-9, 101, math.nan, math.inf])
+def test_a_contrast_is_a_number_from_0_to_100(contrast):
     with pytest.raises(ValueError, match="contrast"):
         nuslerp(list(normal(2, 6, 8)), [1, 1], granularity="row", contrast=contrast)
 

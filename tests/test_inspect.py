@@ -199,6 +199,9 @@ def expected_figures(
         lambda_=lambda_,
     )
     merged = (merged - origin) / lambda_
+    # The matrix that coefficients are compared to counts too.
+    contrast = shared.get("nuslerp_contrast", 1)
+    compared = contrast != 1 and granularity != "row*column" and len(places) > 1
     linear = sum(shares[model] * tasks[model] for model in tasks)
     mean_norm = sum(shares[model] * norms[model] for model in tasks)
     base_norm = None if base is None else origin.norm().item()
@@ -207,10 +210,10 @@ def expected_figures(
         "dtype": "bfloat16",
         "granularity": granularity,
         "magnitude": magnitude,
-        "contrast": shared.get("nuslerp_contrast", 1),
+        "contrast": contrast,
         "lambda": lambda_,
         "t": list(shares.values())[1] if len(shares) == 2 else None,
-        "vectors": len(places),
+        "vectors": len(places) + compared,
         "base_norm": base_norm,
         "norm_ratio": ratio(max(norms.values()), min(norms.values())),
         "departure": ratio((merged - linear).norm().item(), linear.norm().item()),
@@ -771,6 +774,40 @@ def test_what_contrast_does_to_the_weights_that_models_have(granularity: str) ->
         record = measured([a, b], [1, 3], granularity=granularity, contrast=contrast)
         shares = [part.effective for part in record.parts]
         assert shares == pytest.approx([0.25, 0.75], abs=1e-9)
+
+
+def test_a_model_without_weight_gets_nothing_by_rows_and_columns() -> None:
+    a, b, c = torch.randn(3, 2, 6, 8, dtype=torch.float64)
+    for contrast in (1, 2):
+        found = measured(
+            [a, b, c], [1, 0, 2], granularity="row*column", contrast=contrast
+        )
+        first, second, third = (part.effective for part in found.parts)
+        assert second == 0
+        assert 0.2 < first < 0.5 < third < 0.8
+    low, high = found.profile
+    assert low < 1 < high
+    # At 0 it is each expert's mean as a whole.
+    found = measured([a, b], [1, 3], granularity="row*column", contrast=0)
+    assert found.profile == (1, 1)
+    shares = [part.effective for part in found.parts]
+    whole = measured([a, b], [1, 3], granularity="matrix")
+    assert shares == pytest.approx([part.effective for part in whole.parts])
+    assert found.departure == pytest.approx(whole.departure)
+
+
+def test_a_merge_by_rows_and_columns_is_measured_in_float64() -> None:
+    """Differences of the largest numbers that bfloat16 has."""
+    base = torch.full((4, 6), -3e38).bfloat16()
+    models = [-base, (1 - 0.5 * torch.rand(4, 6)).bfloat16() * base]
+    found = measured(models, [1, 1], base, granularity="row*column")
+    assert found.length == pytest.approx(1, abs=0.5)
+
+
+def test_matrices_without_a_mean_are_counted_among_the_vectors() -> None:
+    a = torch.randn(4, 6, dtype=torch.float64)
+    found = measured([a, -2 * a], [2, 3], granularity="row", contrast=2)
+    assert (found.linear, found.vectors) == (5, 5)
 
 
 def test_zero_and_parallel_tensors_by_rows_and_columns() -> None:

@@ -129,9 +129,12 @@ REFUSED = {
         shared(f"nuslerp_contrast: {value}"): (
             "'nuslerp_contrast'",
             given,
-            "at least 0",
+            "between 0 and 100",
         )
-        for value, given in {**NO_NUMBERS, "-1": "-1", "row": "'row'"}.items()
+        for value, given in {
+            **NO_NUMBERS,
+            **{"-1": "-1", "101": "101", "row": "'row'"},
+        }.items()
     },
     weight("-0.1").replace("dtype", "parameters: {nuslerp_contrast: 2}\ndtype"): (
         "'weight' of model ./kd",

@@ -87,8 +87,11 @@ class TensorGeometry(BaseModel):
     dtype: str = Field(description="that the merge reads")
     granularity: str = Field(description="what one vector is")
     magnitude: str | None = Field(description="the rule for the length")
-    contrast: float | None = Field(
-        default=None, description="the power of the profile of coefficients"
+    contrast: float | None = Field(default=None, description="as resolved")
+    profile: tuple[float, float] | None = Field(
+        default=None,
+        description="the smallest and largest of what coefficients are over the whole "
+        "matrix's, to the power of the contrast; null where nothing is compared",
     )
     zero_sum: bool = Field(description="the weights sum to zero, so all are equal")
     lambda_: float | None = Field(

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import combinations
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -36,12 +35,9 @@ from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.geometry import (
     antipodal_bound,
-    mean_coefficients,
     normalize_weights,
-    profile,
     sums_to_zero,
 )
-from mergekit_nuslerp.granularity import ROW_COLUMN, wholes
 from mergekit_nuslerp.inspect.figures import (
     QUANTILES,
     Distribution,
@@ -51,16 +47,15 @@ from mergekit_nuslerp.inspect.figures import (
     Skipped,
     TensorGeometry,
 )
+from mergekit_nuslerp.inspect.merged import merge
 from mergekit_nuslerp.inspect.verdict import verdict, warnings
 from mergekit_nuslerp.kernel import (
     NonFiniteError,
     RangeError,
     gram_matrices,
-    merge_batch,
 )
 from mergekit_nuslerp.parameters import (
     ConfigError,
-    Values,
     check_block,
     check_models,
     named,
@@ -238,7 +233,7 @@ def _nodes(
 def _without_weights(tensor: TensorGeometry) -> TensorGeometry:
     """Without what only a merge by `nuslerp` has."""
     none = dict.fromkeys(
-        ("magnitude", "contrast", "lambda_", "t", "departure", "length")
+        ("magnitude", "contrast", "profile", "lambda_", "t", "departure", "length")
     )
     parts = [
         part.model_copy(update={"weight": None, "effective": None})
@@ -348,28 +343,14 @@ def measure(
     base_norm = None if base is None else float(gram_matrices([base]).sqrt())
     given_weights = [_weights(planned)[model] for model in models]
     weights = normalize_weights(torch.tensor(given_weights, dtype=grams.dtype))
-    coefficients, unique = mean_coefficients(grams, weights, magnitude=values.magnitude)
+    found = merge(inputs, base, grams, weights, values)
     squares = grams.diagonal(dim1=-2, dim2=-1)
-    both = values.granularity == ROW_COLUMN and inputs[0].dim() > 1
-    matrices = grams[-prod(inputs[0].shape[:-2]) :] if both else grams
-    whole = matrices.sum(0, keepdim=True)
-    norms, without_mean = whole[0].diagonal().sqrt(), int((~unique).sum())
-    parts = wholes((1, *inputs[0].shape), values.granularity)
-    if values.contrast != 1 and len(grams) > parts and not both:
-        compared = grams.view(parts, -1, count, count).sum(1, keepdim=True)
-        means, unique = mean_coefficients(compared, weights, magnitude=values.magnitude)
-        found = profile(coefficients.view(parts, -1, count), means, values.contrast)
-        coefficients = (means * found).view(-1, count)
-        without_mean += int((~unique).sum())
-    added, merged, measured = weights.expand_as(coefficients), coefficients, grams
-    effective = _effective(coefficients, grams)
-    if both:
-        # Coefficients differ from element to element: the merge itself is measured.
-        measured, without_mean = _with_merged(inputs, base, given_weights, values)
-        added = torch.cat([weights.new_zeros(1), weights]).unsqueeze(0)
-        merged = torch.eye(1, count + 1, dtype=weights.dtype)
-        effective = _effective(_projected(measured), whole)
-    linear, departure = _length(added, measured), _length(merged - added, measured)
+    norms = found.models.sum(0).diagonal().sqrt()
+    others = found.coefficients.shape[-1] - count
+    straight = torch.cat([weights.new_zeros(others), weights])
+    linear = _length(straight.expand_as(found.coefficients), found.grams)
+    departure = _length(found.coefficients - straight, found.grams)
+    effective = _effective(found.shares, found.models)
     mean_norm = float((weights * norms).sum())
     stem = planned.name.removesuffix(".weight")
     layer = re.search(r"\.(\d+)\.", stem)
@@ -383,10 +364,11 @@ def measure(
         granularity=values.granularity,
         magnitude=values.magnitude,
         contrast=values.contrast,
+        profile=found.profile,
         zero_sum=sums_to_zero(given_weights),
         lambda_=values.lambda_,
         t=float(weights[1]) if count == 2 else None,
-        vectors=len(grams),
+        vectors=found.vectors,
         base=None if planned.base is None else str(planned.base),
         parts=[
             Part(
@@ -406,42 +388,10 @@ def measure(
         ],
         norm_ratio=_ratio(float(norms.max()), float(norms.min())),
         base_norm=base_norm,
-        linear=without_mean,
+        linear=found.linear,
         departure=_ratio(departure, linear),
-        length=_ratio(_length(merged, measured), max(mean_norm, 0)),
+        length=_ratio(_length(found.coefficients, found.grams), max(mean_norm, 0)),
     )
-
-
-def _with_merged(
-    inputs: Sequence[torch.Tensor],
-    base: torch.Tensor | None,
-    weights: Sequence[float],
-    values: Values,
-) -> tuple[torch.Tensor, int]:
-    """Inner products `(1, N + 1, N + 1)` of the merged (task) vector and the models',
-    each as one, and how many vectors have no unique mean.
-    """
-    given = inputs if base is None else [*inputs, base]
-    dtype = reduce(torch.promote_types, (x.dtype for x in given), torch.float32)
-    origin = 0 if base is None else base.to(dtype)
-    moved = [tensor.to(dtype) - origin for tensor in inputs]
-    merged = merge_batch(
-        [tensor.unsqueeze(0) for tensor in moved],
-        torch.tensor([weights], dtype=torch.float64),
-        granularity=values.granularity,
-        magnitude=values.magnitude,
-        contrast=values.contrast,
-    )
-    return gram_matrices([merged.result[0], *moved]).cpu(), int(merged.linear)
-
-
-def _projected(grams: torch.Tensor) -> torch.Tensor:
-    """Coefficients `(1, N)` of N vectors next to the vector before them."""
-    lengths = grams[0].diagonal()[1:].sqrt()
-    lengths = torch.where(lengths > 0, lengths, torch.inf)
-    cosines = grams[0, 1:, 1:] / lengths / lengths.unsqueeze(1)
-    inverse = torch.linalg.pinv(cosines, rtol=1e-9, hermitian=True)
-    return (inverse @ (grams[0, 1:, 0] / lengths) / lengths).unsqueeze(0)
 
 
 def _length(coefficients: torch.Tensor, grams: torch.Tensor) -> float:
