@@ -152,7 +152,11 @@ def choose_granularity(shared: Mapping[str, Any]) -> str:
     # mergekit reads `nuslerp_row_wise` only where `nuslerp_flatten` is false.
     fitting = {
         "nuslerp_flatten": kind == "tensor",
-        "nuslerp_row_wise": {"row": False, "column": True}.get(kind, row_wise),
+        "nuslerp_row_wise": {
+            "row": False,
+            "column": True,
+            granularity.ROW_COLUMN: None,
+        }.get(kind, row_wise),
     }
     for flag, value in fitting.items():
         if shared.get(flag) not in (None, value):

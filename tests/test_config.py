@@ -111,6 +111,12 @@ WARNINGS = {
         "`lambda`",
     ),
 }
+if TYPED:
+    WARNINGS[
+        under_parameters(
+            "nuslerp_contrast: 2, nuslerp_granularity: matrix, nuslerp_flatten: false"
+        )
+    ] = ("'nuslerp_contrast'", "where each matrix is one vector")
 
 
 @pytest.mark.parametrize("text", WARNINGS, ids=range(len(WARNINGS)))

@@ -102,6 +102,7 @@ CONTRADICTIONS = [
     ("tensor", "nuslerp_flatten", "false"),
     ("'row:2'", "nuslerp_row_wise", "true"),
     ("row*column", "nuslerp_flatten", "true"),
+    ("row*column", "nuslerp_row_wise", "true"),
     ("column", "nuslerp_row_wise", "false"),
     ("head", "nuslerp_flatten", "true"),
 ]

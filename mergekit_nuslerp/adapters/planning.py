@@ -328,10 +328,12 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
     if "nuslerp_row_wise" in names and not others:
         hint = " without `nuslerp_flatten: false`. Write both."
         parameters.warn_of_no_effect("nuslerp_row_wise", hint)
-    finer = {"nuslerp_granularity": ("tensor", "matrix"), "nuslerp_flatten": (True,)}
-    if "nuslerp_contrast" in names and all(
-        value in finer.get(name, (value,)) for _, name, _, value in settings
-    ):
+    decides = WORDS[0] if WORDS[0] in names else "nuslerp_flatten"
+    coarse = all(
+        name != decides or value in (True, "tensor", "matrix")
+        for _, name, _, value in settings
+    )
+    if "nuslerp_contrast" in names and coarse:
         hint = (
             " where each matrix is one vector. Write, say, `nuslerp_granularity: row`."
         )

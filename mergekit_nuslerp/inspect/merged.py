@@ -17,7 +17,7 @@ from mergekit_nuslerp.kernel import gram_matrices
 from mergekit_nuslerp.parameters import Values
 from mergekit_nuslerp.passes.portable import wide_dtype
 
-_ELEMENTS = 2**20  # of a weight that are merged at once
+_ELEMENTS = 2**17  # of a weight that are merged at once
 
 
 class Merged(NamedTuple):
