@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import tuning
 from benchmarks.cases import machine
+from benchmarks.finetune import train
 from benchmarks.tuning import KINDS, NEITHER, State
 
 Losses = dict[str, list[float]]  # of each text's blocks
@@ -53,7 +54,7 @@ SETS = {
 OWN, LINEAR = "mergekit's own nuslerp", "task_arithmetic"
 
 GRID = (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)  # λ of task arithmetic, first ...
-FINER = 0.1  # ... and steps from the best of these to the best of all
+FINER, MOST = 0.1, 3.0  # ... and steps from the best of these to the best of all
 GRANULARITIES = ("tensor", "row", "column", "row*column", "heads")
 CONTRASTS = (2.0, 1.5, 2.5)
 LAMBDAS = (0.8, 0.9, 1.2)
@@ -71,17 +72,21 @@ HEADS = {
 }
 
 
+# Models are tuned with products in bfloat16 where that halves the time.
+BFLOAT16: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
 class Scale(NamedTuple):
     """How much is done."""
 
     steps: int = 60
     rate: float = 2e-4
     blocks: int = 40
-    sets: tuple[str, ...] = tuple(SETS)
+    sets: int = len(SETS)
     whole: bool = True
 
 
-QUICK = Scale(steps=25, blocks=12, sets=("A",), whole=False)
+QUICK = Scale(steps=25, blocks=12, sets=1, whole=False)
 
 
 # --- Merges ------------------------------------------------------------------------
@@ -221,9 +226,8 @@ def difference(losses: Losses, reference: Losses) -> tuple[float, float]:
 
 def best(results: Results) -> str:
     """The label of task arithmetic with equal weights at its best λ."""
-    tried = [
-        label for label in results if re.fullmatch(rf"{LINEAR}, λ = [\d.]+", label)
-    ]
+    form = re.compile(rf"{LINEAR}, λ = [\d.]+")
+    tried = [label for label in results if form.fullmatch(label)]
     return min(tried, key=lambda label: level(results[label]), default="")
 
 
@@ -297,10 +301,9 @@ def report(store: Store) -> str:
             columns[name] = store.read(f"vectors/{name}.json")
             reference = results[best(results)]
             figures[name] = {k: difference(x, reference) for k, x in results.items()}
-    lines += [
-        "",
-        "Geometric mean of perplexities, against the best of task arithmetic:",
-    ]
+    lines += ["", "Geometric mean of the perplexities: % above that of task arithmetic"]
+    lines += ["with equal weights at its best λ, ± the standard error from resampling"]
+    lines += ["blocks:"]
     lines += ["", f"| % | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for title, of in (("lengths of task vectors", "lengths"), ("degrees", "degrees")):
         cells = [", ".join(f"{x:.3g}" for x in each[of]) for each in columns.values()]
@@ -312,9 +315,8 @@ def report(store: Store) -> str:
             pairs = [each.get(label) for each in figures.values()]
             cells = ["{:+.2f} ± {:.2f}".format(*each) if each else "" for each in pairs]
             lines.append(f"| {label} | {' | '.join(cells)} |")
-    store.write(
-        "quality.json", {"texts": texts, "vectors": columns, "percent": figures}
-    )
+    content = {"texts": texts, "vectors": columns, "percent": figures}
+    store.write("quality.json", content)
     store.write("quality.md", "\n".join(lines) + "\n")
     return "\n".join(lines)
 
@@ -368,7 +370,8 @@ class Bench:
                 self.say(f"LEFT OUT: too little on this machine of {KINDS[kind][0]}")
             else:
                 self.texts[kind] = text
-        self.sets = [n for n in scale.sets if self.kinds(n) <= self.texts.keys()]
+        there = [name for name in SETS if self.kinds(name) <= self.texts.keys()]
+        self.sets = there[: scale.sets]
         texts = {kind: text.about for kind, text in self.texts.items()}
         setup = {"steps": scale.steps, "rate": scale.rate, "texts": texts}
         if store.read("setup.json") not in (None, setup):
@@ -391,9 +394,8 @@ class Bench:
             kind, seed, faster = TUNES[model]
             rate = self.scale.rate * faster
             tuning.put(self.base, self.model)
-            tuning.fine_tune(
-                self.model, self.texts[kind].seen, self.scale.steps, rate, seed
-            )
+            seen, steps = self.texts[kind].seen, self.scale.steps
+            train(self.model, seen, steps, rate, seed=seed, bfloat16=BFLOAT16)
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(tuning.state_of(self.model), file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
@@ -425,10 +427,10 @@ class Bench:
 
     def near(self, name: str) -> list[Setting]:
         """Task arithmetic on both sides of its best λ, if not measured yet."""
-        scale, weights = best_scale(self.store.results[name]), [1 / len(SETS[name])]
-        tried = (round(scale + step, 2) for step in (-FINER, FINER))
-        found = [linear(each, weights * len(SETS[name])) for each in tried if each <= 3]
-        return [each for each in found if each.label not in self.store.results[name]]
+        done, count = self.store.results[name], len(SETS[name])
+        tried = (round(best_scale(done) + step, 2) for step in (-FINER, FINER))
+        found = [linear(each, [1 / count] * count) for each in tried if each <= MOST]
+        return [each for each in found if each.label not in done]
 
     def run(self) -> None:
         """All that is left to do, what matters most first."""

