@@ -140,7 +140,7 @@ def losses(model: PreTrainedModel, blocks: torch.Tensor) -> list[float]:
     model.eval()
     found: list[float] = []
     for batch in blocks.split(BATCH):
-        logits = model(input_ids=batch).logits[:, :-1].transpose(1, 2)
-        each = cross_entropy(logits, batch[:, 1:], reduction="none")
-        found += each.double().mean(1).tolist()
+        logits = model(input_ids=batch).logits[:, :-1].flatten(0, 1)
+        each = cross_entropy(logits, batch[:, 1:].flatten(), reduction="none")
+        found += each.double().view(len(batch), -1).mean(1).tolist()
     return found
