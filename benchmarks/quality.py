@@ -14,23 +14,33 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import numpy as np
 import torch
-from mergekit import merge_methods
-from mergekit.merge_methods.nuslerp import nuslerp_merge_method
 from safetensors.torch import load_file, save_file
 
-from benchmarks import tuning
 from benchmarks.cases import machine
 from benchmarks.finetune import train
-from benchmarks.tuning import KINDS, NEITHER, State
+from benchmarks.models import (
+    KINDS,
+    NEITHER,
+    OWN,
+    Losses,
+    Setting,
+    load,
+    losses_of,
+    merged,
+    put,
+    read_text,
+    state_of,
+    usable,
+    vectors,
+)
 
-Losses = dict[str, list[float]]  # of each text's blocks
 Results = dict[str, Losses]  # by the labels of models and merges
 
 # Of each fine-tune the text, the seed, and how many times the usual rate.
@@ -52,7 +62,7 @@ SETS = {
     "three": ("german", "cpp", "python"),
 }
 
-OWN, LINEAR = "mergekit's own nuslerp", "task_arithmetic"
+LINEAR = "task_arithmetic"
 
 GRID = (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)  # λ of task arithmetic, first ...
 FINER, MOST = 0.1, 3.0  # ... and steps from the best of these to the best of all
@@ -62,16 +72,6 @@ LAMBDAS = (0.8, 0.9, 1.2)
 FRONT = (0.15, 0.3, 0.7, 0.85)  # values of t, besides ½ and the ends ...
 SHOWN = (0.3, 0.7)  # ... and those that all pairs are merged at
 RESAMPLES = 2000
-
-# What a config's `nuslerp_granularity: head` means for this model; other weights are
-# one vector each.
-HEADS = {
-    "[qkv]_proj": "row:64",
-    "o_proj": "column:64",
-    "(gate|up)_proj|embed_tokens": "row",
-    "down_proj": "column",
-}
-
 
 # Models are tuned with products in bfloat16 where that halves the time.
 BFLOAT16: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
@@ -93,15 +93,6 @@ QUICK = Scale(steps=20, blocks=10, sets=1, whole=False)
 # --- Merges ------------------------------------------------------------------------
 
 
-class Setting(NamedTuple):
-    """A way to merge: a method in mergekit's registry, and its parameters."""
-
-    label: str
-    method: str
-    parameters: dict[str, Any]
-    base: int | None = -1  # where in the inputs: after the models, or one of them
-
-
 def linear(scale: float, weights: list[float], note: str = "") -> Setting:
     parameters = {"weight": weights, "lambda": scale}
     return Setting(f"{LINEAR}, λ = {scale:g}{note}", LINEAR, parameters)
@@ -112,11 +103,6 @@ def ours(what: str, weights: list[float], note: str = "", **more: Any) -> Settin
     return Setting(f"nuslerp, {what}{note}", "nuslerp", parameters)
 
 
-def contrasted(what: str, weights: list[float], contrast: float, note="") -> Setting:
-    note = f", contrast = {contrast:g}{note}"
-    return ours(what, weights, note, nuslerp_contrast=contrast)
-
-
 def main_settings(count: int) -> Iterator[Setting]:
     """What matters most: the grid of task arithmetic, granularities and contrasts."""
     weights = [1 / count] * count
@@ -124,7 +110,8 @@ def main_settings(count: int) -> Iterator[Setting]:
     yield from (ours(each, weights) for each in GRANULARITIES)
     for contrast in CONTRASTS:
         for each in ("row*column", "column", "row"):
-            yield contrasted(each, weights, contrast)
+            note = f", contrast = {contrast:g}"
+            yield ours(each, weights, note, nuslerp_contrast=contrast)
 
 
 def other_settings(count: int, scale: float) -> Iterator[Setting]:
@@ -164,41 +151,8 @@ def front_settings(scale: float) -> Iterator[Setting]:
         yield from (linear(each, weights, note) for each in {1.0, scale})
         for each in ("tensor", "column", "row*column"):
             yield ours(each, weights, note)
-        yield contrasted("row*column", weights, 2.0, note)
-
-
-def merged(setting: Setting, models: Sequence[State], base: State) -> State:
-    """By mergekit, in memory."""
-    inputs = [*models, base] if setting.base == -1 else [*models]
-    start = None if setting.base is None else range(len(inputs))[setting.base]
-    parameters = dict(setting.parameters)
-    if parameters.get("nuslerp_granularity") == "heads":
-        words = [
-            next((HEADS[part] for part in HEADS if re.search(part, name)), "tensor")
-            for name in base
-        ]
-        parameters["nuslerp_granularity"] = merge_methods.PerGroupValues(words)
-    torch.manual_seed(0)  # for dare_ties, which draws
-    with torch.no_grad():
-        return merge_methods.merge_state_dicts(
-            inputs,
-            nuslerp_merge_method if setting.method == OWN else setting.method,
-            parameters=parameters,
-            base=start,
-        )
-
-
-def usable(settings: Iterable[Setting], count: int) -> list[Setting]:
-    """Those that the mergekit and the plugin here know, and a word on the others."""
-    tiny = [{"q_proj": torch.randn(64, 64)} for _ in range(count + 1)]
-    found = []
-    for setting in settings:
-        try:
-            merged(setting, tiny[1:], tiny[0])
-            found.append(setting)
-        except Exception as error:  # of any method
-            print(f"LEFT OUT: {setting.label}: {error}", flush=True)
-    return found
+        note = f", contrast = 2{note}"
+        yield ours("row*column", weights, note, nuslerp_contrast=2.0)
 
 
 # --- Figures -----------------------------------------------------------------------
@@ -233,18 +187,6 @@ def best(results: Results) -> str:
 
 def best_scale(results: Results) -> float:
     return float(best(results).split()[-1])
-
-
-def vectors(models: Sequence[State], base: State) -> dict[str, list[float]]:
-    """Lengths of the task vectors, and the angle of each pair of them in degrees."""
-    gram = np.zeros((len(models), len(models)))
-    for name, start in base.items():
-        rows = torch.stack([(model[name] - start).flatten() for model in models])
-        gram += (rows.double() @ rows.double().T).numpy()
-    lengths = np.sqrt(gram.diagonal())
-    cosines = (gram / np.outer(lengths, lengths))[np.triu_indices(len(models), 1)]
-    degrees = np.degrees(np.arccos(cosines.clip(-1, 1)))
-    return {"lengths": lengths.round(3).tolist(), "degrees": degrees.round(1).tolist()}
 
 
 class Store:
@@ -361,11 +303,11 @@ class Bench:
 
     def __init__(self, store: Store, scale: Scale) -> None:
         self.store, self.scale, self.started = store, scale, time.perf_counter()
-        self.model, tokenizer = tuning.load()
-        self.base = tuning.state_of(self.model)
+        self.model, tokenizer = load()
+        self.base = state_of(self.model)
         self.texts = {}
         for kind in KINDS:
-            text = tuning.read_text(kind, tokenizer, scale.blocks)
+            text = read_text(kind, tokenizer, scale.blocks)
             if text is None:
                 self.say(f"LEFT OUT: too little on this machine of {KINDS[kind][0]}")
             else:
@@ -393,18 +335,18 @@ class Bench:
                 continue
             kind, seed, faster = TUNES[model]
             rate = self.scale.rate * faster
-            tuning.put(self.base, self.model)
+            put(self.base, self.model)
             seen, steps = self.texts[kind].seen, self.scale.steps
             train(self.model, seen, steps, rate, seed=seed, bfloat16=BFLOAT16)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tuning.state_of(self.model), file.with_suffix(".part"))
+            save_file(state_of(self.model), file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
             self.say(f"tuned {model}")
 
-    def judge(self, name: str, settings: Sequence[Setting]) -> None:
+    def judge(self, name: str, settings: Iterable[Setting]) -> None:
         """Measure a set's models and merges that are not measured yet."""
         done = self.store.results.setdefault(name, {})
-        todo = {each.label: each for each in settings if each.label not in done}
+        todo = [each for each in settings if each.label not in done]
         if not todo:
             return
         folder = self.store.out / "models"
@@ -412,13 +354,14 @@ class Bench:
         states = [*models.values()]
         self.store.write(f"vectors/{name}.json", vectors(states, self.base))
         plain = {"base": self.base, **models}
-        for label in (*(label for label in plain if label not in done), *todo):
-            if label in todo:
-                tuning.put(merged(todo[label], states, self.base), self.model)
+        merges = {each.label: each for each in usable(todo, len(states))}
+        for label in (*(label for label in plain if label not in done), *merges):
+            if label in plain:
+                put(plain[label], self.model)
             else:
-                tuning.put(plain[label], self.model)
+                put(merged(merges[label], states, self.base), self.model)
             losses = {
-                kind: tuning.losses(self.model, text.unseen)
+                kind: losses_of(self.model, text.unseen)
                 for kind, text in self.texts.items()
                 if kind in self.kinds(name)
             }
@@ -437,17 +380,17 @@ class Bench:
         self.tune()
         for name in self.sets:
             count = len(SETS[name])
-            self.judge(name, usable(main_settings(count), count))
+            self.judge(name, main_settings(count))
             while near := self.near(name):
                 self.judge(name, near)
             report(self.store)
         for name in self.sets:
             count, scale = len(SETS[name]), best_scale(self.store.results[name])
             if name == self.sets[0]:
-                self.judge(name, usable(front_settings(scale), count))
+                self.judge(name, front_settings(scale))
                 picture(self.store, name)
             if self.scale.whole and name != SEEDS:
-                self.judge(name, usable(other_settings(count, scale), count))
+                self.judge(name, other_settings(count, scale))
             report(self.store)
 
 

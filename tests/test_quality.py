@@ -18,7 +18,7 @@ from support import REPOSITORY
 pytest.importorskip("mergekit.merge_methods.api", reason="new in mergekit 0.1.5")
 
 sys.path.append(str(REPOSITORY))  # at the end: the plugin that is installed is tested
-from benchmarks import quality, tuning
+from benchmarks import models, quality
 
 SCALE = quality.Scale(steps=2, blocks=3)
 SETS = {name: quality.SETS[name] for name in ("A", "three")}
@@ -40,18 +40,18 @@ def _tiny_model() -> tuple[Any, None]:
     return LlamaForCausalLM(config), None
 
 
-def _random_text(kind: str, _tokenizer: None, count: int) -> tuning.Text:
+def _random_text(kind: str, _tokenizer: None, count: int) -> models.Text:
     generator = torch.Generator().manual_seed(crc32(kind.encode()))
-    tokens = torch.randint(64, (8 + count, tuning.BLOCK), generator=generator)
-    return tuning.Text(kind, tokens[count:].flatten(), tokens[:count])
+    tokens = torch.randint(64, (8 + count, models.BLOCK), generator=generator)
+    return models.Text(kind, tokens[count:].flatten(), tokens[:count])
 
 
 def test_merges_go_on_where_they_were_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality, "SETS", SETS)
-    monkeypatch.setattr(tuning, "load", _tiny_model)
-    monkeypatch.setattr(tuning, "read_text", _random_text)
+    monkeypatch.setattr(quality, "load", _tiny_model)
+    monkeypatch.setattr(quality, "read_text", _random_text)
     if find_spec("matplotlib") is None:
         monkeypatch.setattr(quality, "picture", lambda *_: None)
     store = quality.Store(tmp_path)
@@ -63,7 +63,7 @@ def test_merges_go_on_where_they_were_stopped(
         for text, losses in results["linear"].items():
             assert losses == pytest.approx(plain[text], abs=1e-5), name
     pair = store.results["A"]
-    for text, losses in pair[quality.OWN].items():
+    for text, losses in pair[models.OWN].items():
         assert losses == pytest.approx(pair["nuslerp, tensor"][text], abs=1e-5)
     table = quality.report(store)
     assert f"| {quality.best(pair)} | +0.00 ± 0.00 |" in table
@@ -72,7 +72,7 @@ def test_merges_go_on_where_they_were_stopped(
         raise AssertionError("done twice")
 
     monkeypatch.setattr(quality, "train", fail)
-    monkeypatch.setattr(tuning, "losses", fail)
+    monkeypatch.setattr(quality, "losses_of", fail)
     again = quality.Store(tmp_path)
     quality.Bench(again, SCALE).run()
     assert again.results == store.results
@@ -82,7 +82,7 @@ def test_merges_go_on_where_they_were_stopped(
 def test_says_what_a_plugin_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     known = quality.linear(1.0, [0.5, 0.5])
     unknown = quality.ours("tensor", [0.5, 0.5], ", new", nuslerp_new=1)
-    assert quality.usable([known, unknown], 2) == [known]
+    assert models.usable([known, unknown], 2) == [known]
     assert "LEFT OUT: nuslerp, tensor, new: " in capsys.readouterr().out
 
 
@@ -101,6 +101,6 @@ def test_differences_and_their_errors() -> None:
 
 def test_lengths_and_angles() -> None:
     base = {"w": torch.ones(2)}
-    models = [{"w": torch.tensor([1.0, 3.0])}, {"w": torch.tensor([2.0, 1.0])}]
-    found = quality.vectors(models, base)
+    tuned = [{"w": torch.tensor([1.0, 3.0])}, {"w": torch.tensor([2.0, 1.0])}]
+    found = models.vectors(tuned, base)
     assert found == {"lengths": [2.0, 1.0], "degrees": [90.0]}

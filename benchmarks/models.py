@@ -1,12 +1,13 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""A small real model, texts that are installed already, and fine-tunes on them."""
+"""A small real model, texts that are installed already, and merges in memory."""
 
 from __future__ import annotations
 
 import gzip
 import random
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -16,7 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
+import numpy as np
 import torch
+from mergekit import merge_methods
+from mergekit.merge_methods.nuslerp import nuslerp_merge_method
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -30,7 +34,19 @@ BLOCK = CONTEXT  # tokens, in training and in what is judged
 # Shorter files are left out, and of a kind no more characters are read.
 SHORTEST, MOST = 1500, 3_000_000
 
+OWN = "mergekit's own nuslerp"
+
+# What a config's `nuslerp_granularity: head` means for this model; other weights are
+# one vector each.
+HEADS = {
+    "[qkv]_proj": "row:64",
+    "o_proj": "column:64",
+    "(gate|up)_proj|embed_tokens": "row",
+    "down_proj": "column",
+}
+
 State = dict[str, torch.Tensor]
+Losses = dict[str, list[float]]  # of each text's blocks
 
 
 class Text(NamedTuple):
@@ -135,7 +151,7 @@ def put(state: State, model: PreTrainedModel) -> None:
 
 
 @torch.inference_mode()
-def losses(model: PreTrainedModel, blocks: torch.Tensor) -> list[float]:
+def losses_of(model: PreTrainedModel, blocks: torch.Tensor) -> list[float]:
     """Of each block, the mean loss of a token in nats."""
     model.eval()
     found: list[float] = []
@@ -144,3 +160,58 @@ def losses(model: PreTrainedModel, blocks: torch.Tensor) -> list[float]:
         each = cross_entropy(logits, batch[:, 1:].flatten(), reduction="none")
         found += each.double().view(len(batch), -1).mean(1).tolist()
     return found
+
+
+class Setting(NamedTuple):
+    """A way to merge: a method in mergekit's registry, and its parameters."""
+
+    label: str
+    method: str
+    parameters: dict[str, Any]
+    base: int | None = -1  # where in the inputs: after the models, or one of them
+
+
+def merged(setting: Setting, models: Sequence[State], base: State) -> State:
+    """By mergekit, in memory."""
+    inputs = [*models, base] if setting.base == -1 else [*models]
+    start = None if setting.base is None else range(len(inputs))[setting.base]
+    parameters = dict(setting.parameters)
+    if parameters.get("nuslerp_granularity") == "heads":
+        words = [
+            next((HEADS[part] for part in HEADS if re.search(part, name)), "tensor")
+            for name in base
+        ]
+        parameters["nuslerp_granularity"] = merge_methods.PerGroupValues(words)
+    torch.manual_seed(0)  # for dare_ties, which draws
+    with torch.no_grad():
+        return merge_methods.merge_state_dicts(
+            inputs,
+            nuslerp_merge_method if setting.method == OWN else setting.method,
+            parameters=parameters,
+            base=start,
+        )
+
+
+def usable(settings: Iterable[Setting], count: int) -> list[Setting]:
+    """Those that the mergekit and the plugin here know, and a word on the others."""
+    tiny = [{"q_proj": torch.randn(64, 64)} for _ in range(count + 1)]
+    found = []
+    for setting in settings:
+        try:
+            merged(setting, tiny[1:], tiny[0])
+            found.append(setting)
+        except Exception as error:  # of any method
+            print(f"LEFT OUT: {setting.label}: {error}", flush=True)
+    return found
+
+
+def vectors(models: Sequence[State], base: State) -> dict[str, list[float]]:
+    """Lengths of the task vectors, and the angle of each pair of them in degrees."""
+    gram = np.zeros((len(models), len(models)))
+    for name, start in base.items():
+        rows = torch.stack([(model[name] - start).flatten() for model in models])
+        gram += (rows.double() @ rows.double().T).numpy()
+    lengths = np.sqrt(gram.diagonal())
+    cosines = (gram / np.outer(lengths, lengths))[np.triu_indices(len(models), 1)]
+    degrees = np.degrees(np.arccos(cosines.clip(-1, 1)))
+    return {"lengths": lengths.round(3).tolist(), "degrees": degrees.round(1).tolist()}
