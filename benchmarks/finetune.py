@@ -134,9 +134,16 @@ def new_model() -> LlamaForCausalLM:
 
 
 def train(
-    model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, rate: float
+    model: LlamaForCausalLM,
+    tokens: torch.Tensor,
+    steps: int,
+    rate: float,
+    *,
+    seed: int = SEED,
+    bfloat16: bool = False,
 ) -> None:
-    generator = torch.Generator().manual_seed(SEED)
+    """Train in place; `bfloat16` says in what products are, not weights."""
+    generator = torch.Generator().manual_seed(seed)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.Adam(trained, rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -146,7 +153,9 @@ def train(
         last = len(tokens) - CONTEXT
         starts = torch.randint(last, (BATCH,), generator=generator).tolist()
         batch = torch.stack([tokens[start : start + CONTEXT] for start in starts])
-        model(input_ids=batch, labels=batch).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
