@@ -64,10 +64,11 @@ SETS = {
 
 LINEAR = "task_arithmetic"
 
-GRID = (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)  # λ of task arithmetic, first ...
+GRID = (1.0, 1.3, 1.6, 2.0)  # λ of task arithmetic, first ...
 FINER, MOST = 0.1, 3.0  # ... and steps from the best of these to the best of all
 GRANULARITIES = ("tensor", "row", "column", "row*column", "heads")
-CONTRASTS = (2.0, 1.5, 2.5)
+CONTRASTED = ("row*column", "column", "row")
+CONTRASTS = (1.5, 2.5)  # beside 2, which comes first
 LAMBDAS = (0.8, 0.9, 1.2)
 FRONT = (0.15, 0.3, 0.7, 0.85)  # values of t, besides ½ and the ends ...
 SHOWN = (0.3, 0.7)  # ... and those that all pairs are merged at
@@ -103,15 +104,17 @@ def ours(what: str, weights: list[float], note: str = "", **more: Any) -> Settin
     return Setting(f"nuslerp, {what}{note}", "nuslerp", parameters)
 
 
+def contrasted(what: str, weights: list[float], contrast: float) -> Setting:
+    note = f", contrast = {contrast:g}"
+    return ours(what, weights, note, nuslerp_contrast=contrast)
+
+
 def main_settings(count: int) -> Iterator[Setting]:
-    """What matters most: the grid of task arithmetic, granularities and contrasts."""
+    """What matters most: the grid of task arithmetic, granularities and a contrast."""
     weights = [1 / count] * count
     yield from (linear(scale, weights) for scale in GRID)
     yield from (ours(each, weights) for each in GRANULARITIES)
-    for contrast in CONTRASTS:
-        for each in ("row*column", "column", "row"):
-            note = f", contrast = {contrast:g}"
-            yield ours(each, weights, note, nuslerp_contrast=contrast)
+    yield from (contrasted(each, weights, 2.0) for each in CONTRASTED)
 
 
 def other_settings(count: int, scale: float) -> Iterator[Setting]:
@@ -128,6 +131,7 @@ def other_settings(count: int, scale: float) -> Iterator[Setting]:
     if count == 2:
         yield Setting("slerp", "slerp", {"t": 0.5}, base=0)
         yield Setting(OWN, OWN, plain)
+    yield from (contrasted(each, weights, p) for p in CONTRASTS for each in CONTRASTED)
     for method, density in (("ties", 0.2), ("ties", 0.5), ("dare_ties", 0.5)):
         for times in (1.0, 1.5):
             label = f"{method}, density = {density}, λ = {times:g}"

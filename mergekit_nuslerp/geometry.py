@@ -35,9 +35,10 @@ _GRAM_ROUNDING = 32
 _MOST_ENTRIES = 2**15 - 1
 
 # A contrast, and what one above 1 multiplies coefficients by, so that those of vectors
-# that nearly cancel stay bounded.
+# that nearly cancel stay bounded. In merges of a small language model a gain of 2 cost
+# nothing at a contrast of 2, and was better than 4, and 4 better than none, at 3.
 MOST_CONTRAST = 100
-_LARGEST_GAIN = 4.0
+_LARGEST_GAIN = 2.0
 
 # Newton steps to a Karcher mean: five where vectors are close to orthogonal, a dozen
 # where they nearly cancel.
@@ -106,7 +107,7 @@ def profile(
     """What coefficients c are over those of the whole, s: (c / s)^contrast.
 
     Above a contrast of 1, what it multiplies c / s by, (c / s)^(contrast - 1), is at
-    most 4. Where s is 0, the profile is as where c is.
+    most 2. Where s is 0, the profile is as where c is.
 
     Args:
         coefficients: `(..., vectors, N)`, none negative.

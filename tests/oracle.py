@@ -274,7 +274,7 @@ def _with_profiles(
         if contrast <= 1:
             power *= ratio**contrast
         else:
-            power *= ratio * (ratio ** (contrast - 1)).clamp(max=4)
+            power *= ratio * (ratio ** (contrast - 1)).clamp(max=2)
         felt = torch.where(level.coefficients > 0, level.coefficients, math.inf)
         relative = relative + contrast * level.errors / felt
         linear += level.linear
