@@ -225,7 +225,7 @@ def nuslerp(
         cut(
             _SPHERICAL,
             "    if magnitude !=",
-            "    return torch.where(unique",
+            "    # NaN and infinity",
             within="mean_coefficients",
         ),
     ],
@@ -242,8 +242,7 @@ MANY = Proposal(
         edit(_SPHERICAL, _SLERP_ALONE, _CHOICE, within="mean_coefficients"),
         append(
             _SPHERICAL,
-            "# take geometry: karcher_coefficients\n\n\n"
-            "# take whole geometry: _LogMaps\n",
+            "# take geometry: karcher_coefficients, _log_maps, _FirstOrder\n",
         ),
         edit(
             _NUSLERP,
@@ -259,7 +258,7 @@ MANY = Proposal(
     Two are interpolated along a great circle, more are merged into their Karcher mean.
     Weights are relative, and equal where they sum to almost zero. Vectors without a
     unique mean, and all of more than two where two are opposite, are merged linearly.
-    Of more than two only derivatives of first order in reverse mode are right.
+    Derivatives of more than two are of first order and in reverse mode only.
 ''',
             within="nuslerp",
         ),
@@ -301,7 +300,7 @@ from mergekit.merge_methods.spherical import (
 def karcher_merge_tensors(tensors, alphas, *, tol=1e-5):
     """Compute a weighted Karcher mean on the unit hypersphere.
 
-    No weight is negative. Only derivatives of first order in reverse mode are right.
+    No weight is negative. Derivatives are of first order and in reverse mode only.
     """
     if len(tensors) == 1:
         return tensors[0]
@@ -636,7 +635,7 @@ def _parameter_spec(
         replace(
             _SPHERICAL,
             "mean_coefficients",
-            "# take geometry: _mean as mean_coefficients, _mean_length\n",
+            "# take geometry: _mean as mean_coefficients\n",
         ),
         edit(
             _NUSLERP,
