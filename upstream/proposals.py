@@ -376,6 +376,8 @@ def karcher_merge_tensors(tensors, alphas, *, tol=1e-5):
     ],
 )
 
+_GENOME = "mergekit/evo/genome.py"
+_LEGACY = "mergekit/scripts/legacy.py"
 _RESOLVER = "mergekit/parameter_resolver.py"
 _PLAN = "mergekit/plan.py"
 
@@ -472,6 +474,63 @@ def unread_parameters(
 
     def plan_tensor(
 ''',
+        ),
+        # What mergekit's own commands write and their method does not read.
+        edit(
+            _GENOME,
+            "from mergekit.common import ModelReference\n",
+            "from mergekit import merge_methods\n"
+            "from mergekit.common import ModelReference\n",
+        ),
+        edit(
+            _GENOME,
+            "        return MergeConfiguration.model_validate(\n",
+            """\
+        parameters = {"normalize": normalize, "int8_mask": True}
+        spec = merge_methods.get(self.definition.merge_method).spec
+        known = {p.name for p in spec.shared_parameters}
+        return MergeConfiguration.model_validate(
+""",
+            within="ModelGenome.genotype_merge_config",
+        ),
+        edit(
+            _GENOME,
+            """\
+                "parameters": {
+                    "normalize": normalize,
+                    "int8_mask": True,
+                },
+""",
+            """\
+                "parameters": {k: v for k, v in parameters.items() if k in known},
+""",
+            within="ModelGenome.genotype_merge_config",
+        ),
+        edit(
+            _GENOME,
+            """\
+            if self.definition.tokenizer_source:
+                s["sources"][0]["parameters"] = {"weight": 1 - t}
+                s["sources"][1]["parameters"] = {"weight": t}
+""",
+            "",
+            within="ModelGenome._slerp_slices",
+        ),
+        edit(
+            _LEGACY,
+            "from mergekit.config import InputModelDefinition",
+            "from mergekit import merge_methods\n"
+            "from mergekit.config import InputModelDefinition",
+        ),
+        edit(
+            _LEGACY,
+            '    parameters["normalize"] = normalize\n',
+            """\
+    spec = merge_methods.get(method).spec
+    if "normalize" in {p.name for p in spec.shared_parameters}:
+        parameters["normalize"] = normalize
+""",
+            within="main",
         ),
     ],
 )
