@@ -645,7 +645,8 @@ MAGNITUDE = Proposal(
             '''\
 def _parameter_name(argument: str) -> str:
     """The name of a parameter: its argument's, but `lambda` for `lambda_`."""
-    return argument[:-1] if keyword.iskeyword(argument[:-1]) else argument
+    name = argument.removesuffix("_")
+    return name if keyword.iskeyword(name) else argument
 
 
 def _parameter_spec(
