@@ -578,7 +578,7 @@ def vector_view(shape: Sequence[int], granularity: str) -> Tuple[int, int, int, 
         return matrices, rows, 1, columns
     size, count = (rows if kind == "row" else columns), int(block or 1)
     if size % count:
-        raise ValueError(f"{granularity} does not divide {size} {kind}s equally")
+        raise ValueError(f"granularity {granularity} does not divide {size} {kind}s")
     if kind == "row":
         return matrices * (rows // count), count, 1, columns
     return matrices, rows, columns // count, count
