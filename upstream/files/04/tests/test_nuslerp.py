@@ -150,13 +150,14 @@ def test_no_copy_of_an_input_is_made(flatten):
     assert largest.most == a.nbytes
 
 
-def test_gradients_of_base_and_inputs():
+@pytest.mark.parametrize("flatten", [False, True])
+def test_derivatives_of_base_and_inputs(flatten):
+    def merged(a, b, base):
+        return merge([a, b], [0.3, 0.7], base, nuslerp_flatten=flatten)
+
     tensors = [x.requires_grad_() for x in random(3, 4)]
-    for flatten in (False, True):
-        assert torch.autograd.gradcheck(
-            lambda a, b, base: merge([a, b], [0.3, 0.7], base, nuslerp_flatten=flatten),
-            tensors,
-        )
+    assert torch.autograd.gradcheck(merged, tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(merged, tensors)
 
 
 class Operations(TorchDispatchMode):
