@@ -37,6 +37,8 @@ STYLE = (
     "black --quiet --check",
     "isort --quiet --check-only --profile=black",
 )
+# mergekit's own file is in Ruff's format, but not in Black's.
+NOT_IN_BLACK_S = "mergekit/evo/genome.py"
 
 # After which proposals the questions in `upstream_checks` are asked.
 CHECKS = {"entry_point": (3, 8), "same_bytes": (4, 5, 8), "examples": (8,)}
@@ -75,7 +77,11 @@ def check(tree: Path, number: int, before: dict[str, str]) -> tuple[dict, list[s
     own = [name for name in after if name not in before]
     wrong += [name for name in own if after[name] != "passed"]
     files = git(tree, "diff", "--name-only", "HEAD~1", "--", "*.py").split()
-    wrong += [x for x in STYLE if python(tree, "-m", *x.split(), *files)]
+    for words in STYLE:
+        skipped = [NOT_IN_BLACK_S] if words.startswith("black") else []
+        given = [file for file in files if file not in skipped]
+        if python(tree, "-m", *words.split(), *given):
+            wrong.append(words)
     counts = {kind: list(after.values()).count(kind) for kind in after.values()}
     print(f"after proposal {number}: {counts}, {len(own)} tests of its own", flush=True)
     checks = HERE / "upstream_checks.py"

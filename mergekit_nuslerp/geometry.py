@@ -16,7 +16,7 @@ them: `_sqrt`, `sinc`, `atan2` and powers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -40,8 +40,7 @@ _MOST_ENTRIES = 2**15 - 1
 MOST_CONTRAST = 100
 _LARGEST_GAIN = 2.0
 
-# Newton steps to a Karcher mean: five where vectors are close to orthogonal, a dozen
-# where they nearly cancel.
+# Newton steps to a Karcher mean: some five, and a dozen where vectors nearly cancel.
 _MAX_STEPS = 24
 
 
@@ -148,20 +147,16 @@ def _mean(
         kept = torch.where(zero, 0, directions)
         square = (kept.unsqueeze(1) * cosines * kept).sum((0, 1))
         shorter = zero.any(0) & (square > 0)
-        scale = _mean_length(lengths, zero, weights, magnitude)
+        if magnitude == "linear":
+            # A negative weight may make the sum negative, and so turn the mean round.
+            scale = (weights * torch.where(zero, 0, lengths)).sum(0).clamp(min=0)
+        else:
+            vanishes = (zero & (weights != 0)).any(0)
+            scale = torch.where(vanishes, 0, (lengths**weights).prod(0))
         directions = kept * scale / lengths / _sqrt(torch.where(shorter, square, 1))
-    return torch.where(unique, directions, weights), unique
-
-
-def _mean_length(
-    lengths: torch.Tensor, zero: torch.Tensor, weights: torch.Tensor, magnitude: str
-) -> torch.Tensor:
-    """The length a mean is to have; `lengths` are 1 where vectors are `zero`."""
-    if magnitude == "linear":
-        # A negative weight may make the sum negative, and so turn the mean round.
-        return (weights * torch.where(zero, 0, lengths)).sum(0).clamp(min=0)
-    vanishes = (zero & (weights != 0)).any(0)
-    return torch.where(vanishes, 0, (lengths**weights).prod(0))
+    # NaN and infinity in an input make all coefficients NaN, not the merge linear.
+    linear = weights + 0 * cosines.detach().sum((0, 1))
+    return torch.where(unique, directions, linear), unique
 
 
 def _slerp(
@@ -198,7 +193,7 @@ def karcher_coefficients(
     which leaves half of the digits. Two antipodal vectors that both have a weight count
     as having none, whatever the others are.
 
-    Derivatives in reverse mode, of first order, are the mean's. Others are wrong.
+    Derivatives in reverse mode, of first order, are the mean's. Others raise.
 
     Args:
         cosines: `(N, N, ...)`, models first.
@@ -215,90 +210,100 @@ def karcher_coefficients(
         splines and interpolation", ACM Transactions on Graphics 20(2), 2001.
     """
     epsilon = torch.finfo(cosines.dtype).eps
+    cosines = _FirstOrder.apply(cosines, 1)
     with torch.no_grad():
         counts = weights != 0
         opposite = (cosines <= bound - 1) & counts & counts.unsqueeze(1)
         unique = ~opposite.flatten(0, 1).any(0)
         point, converged = weights, ~unique
         for _ in range(_MAX_STEPS):
-            at = _LogMaps(point, cosines, weights)
-            residual = at.total.abs().amax(0)
+            solution, total, smallest, step = _log_maps(point, cosines, weights)
+            residual = total.abs().amax(0)
             converged = converged | (residual <= _GRAM_ROUNDING * epsilon)
             if converged.all():
                 break
             # Each by itself, so that a vector comes out the same in any company.
-            point = torch.where(converged, point, at.mean + at.newton_step())
+            point = torch.where(converged, point, step())
         # Half of the digits will do, as rounding keeps more from vectors that cancel.
-        unique &= (residual <= epsilon**0.5) & (at.length() <= epsilon ** (2 / 3))
+        unique &= residual <= epsilon**0.5
         # Larger coefficients, of vectors that cancel, would multiply rounding.
         largest = min((2 * bound) ** -0.5, epsilon ** (-1 / 6))
-        unique &= (at.smallest > 0) & (at.solution.amax(0) <= largest)
+        unique &= (smallest > 0) & (solution.amax(0) <= largest)
     if not (torch.is_grad_enabled() and cosines.requires_grad):
-        return at.solution, unique
-    # One more step, recorded: by the implicit function theorem it has the derivative
-    # of the mean itself, if only the first in reverse mode. Where there is no mean,
-    # take it on an orthonormal basis.
-    identity = torch.diag_embed(torch.ones_like(weights.movedim(0, -1)), 0, 0, 1)
-    cosines = torch.where(unique, cosines, identity)
-    weights = torch.where(unique, weights, 1 / len(weights))
-    at = _LogMaps(torch.where(unique, at.mean, weights), cosines, weights)
-    return _LogMaps(at.mean + at.newton_step(), cosines, weights).solution, unique
+        return solution, unique
+    # One more step, recorded where there is a mean: by the implicit function theorem it
+    # has the derivative of the mean itself, if only the first in reverse mode.
+    cosines, weights = (torch.where(unique, x, x.detach()) for x in (cosines, weights))
+    *_, step = _log_maps(torch.where(unique, point, weights), cosines, weights)
+    solution, *_ = _log_maps(step(), cosines, weights)
+    return torch.where(unique, solution, weights), unique
 
 
-class _LogMaps:
-    """The weighted log maps of unit vectors at a point of their span.
+def _log_maps(
+    point: torch.Tensor, cosines: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]:
+    """The mean if the point is it, log maps' sum, Hessian's least eigenvalue, a step.
 
-    That of u_i is w_i theta_i / sin(theta_i) (u_i - cos(theta_i) m), with theta_i its
-    angle to the point m. All are coefficients `(N, ...)` of the vectors: of the point,
-    `mean`, of the log maps' sum, `total`, and of the mean if this is it, `solution`.
-    `smallest` is the Hessian's smallest eigenvalue, `(...)`.
+    The log map of u_i at the point m is theta_i / sin(theta_i) (u_i - cos(theta_i) m),
+    with theta_i its angle to m; they are summed with the weights. Points and sums are
+    coefficients `(N, ...)` of the u_i, and the eigenvalue is `(...)`. The step, made
+    when called, is Newton's, and returns the next point.
     """
+    x = (cosines * point).sum(1)
+    length = _sqrt((point * x).sum(0))
+    mean, x = point / length, x / length
+    # So that no sine is zero.
+    bound = 1 - 4 * torch.finfo(x.dtype).eps
+    cosine = x.detach().clamp(-bound, bound)
+    sine = _sqrt((1 - cosine) * (1 + cosine))
+    ratio = torch.atan2(sine, cosine) / sine
+    # The derivative of -ratio. Autograd's own would lose its digits near x = 1.
+    slope = (1 - cosine * ratio) / sine.square()
+    ratio = ratio - slope * (x - x.detach())
+    pull = weights * ratio
+    smallest = (pull * x).sum(0)
+    total = pull - smallest * mean
 
-    def __init__(
-        self, point: torch.Tensor, cosines: torch.Tensor, weights: torch.Tensor
-    ):
-        x = (cosines * point).sum(1)
-        length = _sqrt((point * x).sum(0))
-        self.mean, x = point / length, x / length
-        # So that no sine is zero.
-        bound = 1 - 4 * torch.finfo(x.dtype).eps
-        cosine = x.detach().clamp(-bound, bound)
-        sine = _sqrt((1 - cosine) * (1 + cosine))
-        ratio = torch.atan2(sine, cosine) / sine
-        # The derivative of -ratio. Autograd's own would lose its digits near x = 1.
-        self.slope = (1 - cosine * ratio) / sine.square()
-        if x.requires_grad:
-            ratio = ratio - self.slope * (x - x.detach())
-        pull = weights * ratio
-        self.smallest = (pull * x).sum(0)
-        self.total = pull - self.smallest * self.mean
-        self.solution = pull / self.smallest
-        self.cosines, self.weights, self.x = cosines, weights, x
-
-    def length(self) -> torch.Tensor:
-        """Length `(...)` of the sum of the log maps."""
-        square = (self.total * (self.cosines * self.total).sum(1)).sum(0)
-        return _sqrt(square.clamp(min=1e-30))
-
-    def newton_step(self) -> torch.Tensor:
-        """Coefficients `(N, ...)` of the tangent vector that cancels the log maps."""
+    def newton_step() -> torch.Tensor:
         with torch.no_grad():
-            curvature = self.weights * self.slope
-            along = (self.cosines * (curvature * self.x)).sum(1)
-            hessian = curvature.unsqueeze(1) * self.cosines
-            hessian.addcmul_(self.mean.unsqueeze(1), along, value=-1)
+            curvature = weights * slope
+            along = (cosines * (curvature * x)).sum(1)
+            hessian = curvature.unsqueeze(1) * cosines
+            hessian.addcmul_(mean.unsqueeze(1), along, value=-1)
             # Far from the mean the Hessian may not be positive: keep to descent.
-            smallest = torch.maximum(self.smallest, 0.1 * self.length())
-            hessian.diagonal().add_(smallest.unsqueeze(-1))
-        # Gauss-Jordan elimination for all vectors at once, which drops a column a step.
-        # `torch.linalg.solve` takes milliseconds on busy cores. No pivoting: the next
-        # step mends rounding.
-        rows = torch.cat([hessian, self.total.unsqueeze(1)], 1)
+            square = (total * (cosines * total).sum(1)).sum(0)
+            least = torch.maximum(smallest, 0.1 * _sqrt(square.clamp(min=1e-30)))
+            hessian.diagonal().add_(least.unsqueeze(-1))
+        # Gauss-Jordan elimination for all vectors at once, without pivots, as the next
+        # step mends rounding. `torch.linalg.solve` takes milliseconds on busy cores.
+        rows = torch.cat([hessian, total.unsqueeze(1)], 1)
         for pivot in range(len(rows)):
             row = rows[pivot, 1:] / rows[pivot, 0]
             rows = torch.addcmul(rows[:, 1:], rows[:, :1], row, value=-1)
             rows[pivot] = row
-        return rows[:, 0]
+        return mean + rows[:, 0]
+
+    return pull / smallest, total, smallest, newton_step
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Identity with a derivative of first order in reverse mode; others raise."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values, order):
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.order = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.order > 1:
+            raise NotImplementedError("Karcher means have no second derivatives")
+        return _FirstOrder.apply(gradient, ctx.order + 1), None
 
 
 def _sqrt(positive: torch.Tensor) -> torch.Tensor:

@@ -89,13 +89,9 @@ def _blocks(size: int, block: int, kind: str) -> int:
 
 def pieces(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
     """Cut a view into parts of at most `most` elements, in the order of memory."""
-    steps: list[int] = []
+    cuts: list[list[slice]] = []
     for size in reversed(sizes):
-        steps.insert(0, max(1, min(size, most)))
-        most //= steps[0]
-    yield from product(*(slices(size, step) for size, step in zip(sizes, steps)))
-
-
-def slices(size: int, step: int) -> list[slice]:
-    """Cut a dimension into steps; the last one may be shorter."""
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        step = max(1, min(size, most))
+        cuts.insert(0, [slice(i, min(i + step, size)) for i in range(0, size, step)])
+        most //= step
+    yield from product(*cuts)

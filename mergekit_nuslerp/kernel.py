@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
-from itertools import product
 from math import isfinite
 from types import ModuleType
 from typing import NamedTuple, get_args
@@ -31,7 +30,7 @@ from mergekit_nuslerp.geometry import (
     profile,
     sums_to_zero,
 )
-from mergekit_nuslerp.granularity import ROW_COLUMN, slices, vector_view, wholes
+from mergekit_nuslerp.granularity import ROW_COLUMN, pieces, vector_view, wholes
 from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 
 # What is merged at once: entries of Gram matrices, for their memory, and elements of
@@ -114,7 +113,8 @@ def nuslerp(
     Returns:
         A new tensor of the inputs' shape, in their promoted dtype, computed in float32
         for narrower inputs and in float64 for others, and then rounded. Differentiable
-        (in reverse mode, once) in `tensors` and `base`; then memory grows with them.
+        in reverse mode (more than two tensors: once) in `tensors` and `base`; then
+        memory grows with them.
 
     Raises:
         ValueError: arguments that do not fit together, or are unknown; NonFiniteError
@@ -122,7 +122,8 @@ def nuslerp(
         TypeError: integer, boolean or complex tensors.
         RangeError: an OverflowError; the result leaves the range of its dtype, or
             squared lengths of float64 vectors leave that of float64.
-        NotImplementedError: a derivative in forward mode.
+        NotImplementedError: a derivative in forward mode, or one of second order of
+            more than two tensors.
 
     Warns:
         RuntimeWarning: weights that sum to zero, or vectors without a unique mean
@@ -328,7 +329,7 @@ class _Means(NamedTuple):
         for table, unit, power in zip(tables, units, (1, 3)):
             table = table.view(whole, -1, count)
             factors.append(torch.empty_like(table))
-            for part in slices(table.shape[1], max(1, _GRAM_ENTRIES // means.numel())):
+            for (part,) in pieces(table.shape[1:2], _GRAM_ENTRIES // means.numel()):
                 found = unit * profile(table[:, part], means, contrast)
                 factors[-1][:, part] = found
                 if not _is_precise(found.new_ones(1), found**power, unique):
@@ -390,12 +391,11 @@ def _groups(
     outer, length, inner, width = views[0].shape
     if not views[0].numel() or views[0].device.type == "meta":
         return
-    most = max(1, _GRAM_ENTRIES // (len(views) - has_base) ** 2)
     near = max(1, _GROUP_ELEMENTS // (length * inner * width))
-    steps = min(near, max(1, most // inner)), most
+    most = max(1, min(_GRAM_ENTRIES // (len(views) - has_base) ** 2, near * inner))
     if is_recorded(views):  # autograd would copy the whole gradient for each group
-        steps = outer, inner
-    for rows, columns in product(slices(outer, steps[0]), slices(inner, steps[1])):
+        most = outer * inner
+    for rows, columns in pieces((outer, inner), most):
         outputs = torch.arange(rows.start, rows.stop, device=views[0].device)
         inputs = [view[rows, :, columns] for view in views]
         base = inputs.pop() if has_base else None

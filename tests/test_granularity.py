@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracle import granularities, vectors
 
 from mergekit_nuslerp import nuslerp
-from mergekit_nuslerp.granularity import pieces, slices, vector_view
+from mergekit_nuslerp.granularity import pieces, vector_view
 from mergekit_nuslerp.parameters import choose_granularity
 
 GRANULARITIES = ["tensor", "matrix", "row", "column", "dim0"]
@@ -150,9 +150,9 @@ def test_pieces_cover_a_view_once_in_the_order_of_memory(sizes, most):
     assert starts == sorted(starts)
 
 
-def test_slices_end_where_the_dimension_does():
-    assert slices(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert slices(0, 3) == []
+def test_pieces_end_where_the_dimension_does():
+    assert list(pieces((7,), 3)) == [(slice(0, 3),), (slice(3, 6),), (slice(6, 7),)]
+    assert list(pieces((0,), 3)) == []
 
 
 # --- merges ----------------------------------------------------------------------

@@ -153,6 +153,16 @@ def test_nearly_cancelling_vectors(models, d, height):
     assert c[unique].sum(-1).min() > 0.5 / height
 
 
+def test_vectors_that_plain_newton_steps_would_leave():
+    third = torch.full((1, 3), 1 / 3, dtype=torch.float64)
+    turns = torch.tensor([0.0, 105.0, 225.0], dtype=torch.float64).deg2rad()
+    rise = torch.full_like(turns, 0.05)
+    inputs = torch.stack([turns.cos(), turns.sin(), rise], -1)[None]
+    _, mean, unique = solve(unit(inputs), third)
+    assert unique
+    assert_means(inputs, third, unique, mean)
+
+
 @pytest.mark.parametrize("models", [3, 5, 8])
 def test_no_point_near_the_mean_is_nearer_to_the_vectors(models):
     """A stationary point could as well be as far away as possible."""
@@ -243,6 +253,65 @@ def test_the_tolerance_bounds_the_coefficients(tolerance):
         assert unique.item() == is_unique
         expected = share * largest if is_unique else 1 / 3
         torch.testing.assert_close(c, torch.full_like(c, expected), rtol=1e-6, atol=0)
+
+
+def test_a_point_where_log_maps_cancel_is_no_mean_if_others_are_nearer():
+    """The direction of the sum, by symmetry, but a maximum of the distances."""
+    turns = torch.tensor([0.0, 170.0, 190.0], dtype=torch.float64).deg2rad()
+    inputs = torch.stack([turns.cos(), turns.sin()], -1)[None]
+    weights = torch.tensor([[0.6, 0.2, 0.2]], dtype=torch.float64)
+    c, _, unique = solve(inputs, weights)
+    assert not unique
+    assert c.equal(weights)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("models", [2, 3, 5])
+def test_what_is_not_finite_makes_no_linear_merge(models, opposite, value):
+    inputs, weights = normal(4, models, 6), uneven(4, models)
+    if opposite:
+        inputs[:, 0] = -inputs[:, 1]
+    inputs[1, -1, 2] = value
+    c, _, _ = solve(inputs, weights)
+    assert c.isnan().all(-1).tolist() == [False, True, False, False]
+    assert c[[0, 2, 3]].isfinite().all()
+
+
+# --- derivatives -----------------------------------------------------------------
+
+
+def sum_of_coefficients(cosines: torch.Tensor) -> torch.Tensor:
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    return mean_coefficients(cosines, weights)[0].sum()
+
+
+def test_derivatives_of_first_order_in_reverse_mode():
+    inputs = unit(normal(3, 5)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sum_of_coefficients(x @ x.mT), inputs)
+    cosines = (inputs @ inputs.mT).detach()
+    expected = torch.func.grad(sum_of_coefficients)(cosines)
+    torch.testing.assert_close(
+        torch.func.jacrev(sum_of_coefficients)(cosines), expected
+    )
+
+
+def test_other_derivatives_are_refused():
+    inputs = unit(normal(3, 5))
+    cosines = (inputs @ inputs.mT).requires_grad_()
+    options = {"inputs": cosines, "create_graph": True}
+    (gradient,) = torch.autograd.grad(sum_of_coefficients(cosines), **options)
+    with pytest.raises(NotImplementedError, match="second"):
+        gradient.sum().backward()
+    cosines = cosines.detach()
+    gradient = torch.func.grad(sum_of_coefficients)
+    for refused in (
+        lambda: torch.func.grad(lambda x: gradient(x).sum())(cosines),
+        lambda: torch.func.hessian(sum_of_coefficients)(cosines),
+        lambda: torch.func.jvp(sum_of_coefficients, (cosines,), (cosines,)),
+    ):
+        with pytest.raises(NotImplementedError):
+            refused()
 
 
 @pytest.mark.parametrize("tolerance", [2.0**-7, 2.0**-10, 2.0**-23])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -521,10 +521,31 @@ def test_function_transforms_in_reverse_mode_are_right(granularity):
     torch.testing.assert_close(pull(torch.ones_like(a))[0], expected)
 
 
+@pytest.mark.parametrize("has_float64", [False, True])
+def test_the_widest_dtype_of_a_device(monkeypatch, has_float64):
+    properties = SimpleNamespace(has_fp64=has_float64)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: properties)
+    expected = torch.float64 if has_float64 else torch.float32
+    assert portable.wide_dtype(torch.device("xpu")) == expected
+    assert portable.wide_dtype(torch.device("mps")) == torch.float32
+    assert portable.wide_dtype(torch.device("cpu")) == torch.float64
+
+
+def test_derivatives_of_second_order():
+    """Of two models they are right, and of three refused."""
+    a, b, c = (x.requires_grad_() for x in normal(3, 2, 3))
+    assert torch.autograd.gradgradcheck(lambda *x: nuslerp(x, [0.3, 0.7]), (a, b))
+    result = nuslerp([a, b, c], [0.3, 0.7, 0.5]).square().sum()
+    (gradient,) = torch.autograd.grad(result, a, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second"):
+        gradient.sum().backward()
+
+
 def test_derivatives_in_forward_mode_are_refused():
     a, b = normal(2, 6, 8)
     for merge in (
         lambda x: nuslerp([x, b], [0.3, 0.7]),
+        lambda x: nuslerp([a, b, x], [0.3, 0.7, 0.5]),
         lambda x: nuslerp([a, b], [0.3, 0.7], base=x),
     ):
         with pytest.raises(NotImplementedError, match="forward"):

@@ -225,7 +225,7 @@ def nuslerp(
         cut(
             _SPHERICAL,
             "    if magnitude !=",
-            "    return torch.where(unique",
+            "    # NaN and infinity",
             within="mean_coefficients",
         ),
     ],
@@ -242,8 +242,7 @@ MANY = Proposal(
         edit(_SPHERICAL, _SLERP_ALONE, _CHOICE, within="mean_coefficients"),
         append(
             _SPHERICAL,
-            "# take geometry: karcher_coefficients\n\n\n"
-            "# take whole geometry: _LogMaps\n",
+            "# take geometry: karcher_coefficients, _log_maps, _FirstOrder\n",
         ),
         edit(
             _NUSLERP,
@@ -259,7 +258,7 @@ MANY = Proposal(
     Two are interpolated along a great circle, more are merged into their Karcher mean.
     Weights are relative, and equal where they sum to almost zero. Vectors without a
     unique mean, and all of more than two where two are opposite, are merged linearly.
-    Of more than two only derivatives of first order in reverse mode are right.
+    Derivatives of more than two are of first order and in reverse mode only.
 ''',
             within="nuslerp",
         ),
@@ -301,7 +300,7 @@ from mergekit.merge_methods.spherical import (
 def karcher_merge_tensors(tensors, alphas, *, tol=1e-5):
     """Compute a weighted Karcher mean on the unit hypersphere.
 
-    No weight is negative. Only derivatives of first order in reverse mode are right.
+    No weight is negative. Derivatives are of first order and in reverse mode only.
     """
     if len(tensors) == 1:
         return tensors[0]
@@ -377,6 +376,8 @@ def karcher_merge_tensors(tensors, alphas, *, tol=1e-5):
     ],
 )
 
+_GENOME = "mergekit/evo/genome.py"
+_LEGACY = "mergekit/scripts/legacy.py"
 _RESOLVER = "mergekit/parameter_resolver.py"
 _PLAN = "mergekit/plan.py"
 
@@ -474,6 +475,63 @@ def unread_parameters(
     def plan_tensor(
 ''',
         ),
+        # What mergekit's own commands write and their method does not read.
+        edit(
+            _GENOME,
+            "from mergekit.common import ModelReference\n",
+            "from mergekit import merge_methods\n"
+            "from mergekit.common import ModelReference\n",
+        ),
+        edit(
+            _GENOME,
+            "        return MergeConfiguration.model_validate(\n",
+            """\
+        parameters = {"normalize": normalize, "int8_mask": True}
+        spec = merge_methods.get(self.definition.merge_method).spec
+        known = {p.name for p in spec.shared_parameters}
+        return MergeConfiguration.model_validate(
+""",
+            within="ModelGenome.genotype_merge_config",
+        ),
+        edit(
+            _GENOME,
+            """\
+                "parameters": {
+                    "normalize": normalize,
+                    "int8_mask": True,
+                },
+""",
+            """\
+                "parameters": {k: v for k, v in parameters.items() if k in known},
+""",
+            within="ModelGenome.genotype_merge_config",
+        ),
+        edit(
+            _GENOME,
+            """\
+            if self.definition.tokenizer_source:
+                s["sources"][0]["parameters"] = {"weight": 1 - t}
+                s["sources"][1]["parameters"] = {"weight": t}
+""",
+            "",
+            within="ModelGenome._slerp_slices",
+        ),
+        edit(
+            _LEGACY,
+            "from mergekit.config import InputModelDefinition",
+            "from mergekit import merge_methods\n"
+            "from mergekit.config import InputModelDefinition",
+        ),
+        edit(
+            _LEGACY,
+            '    parameters["normalize"] = normalize\n',
+            """\
+    spec = merge_methods.get(method).spec
+    if "normalize" in {p.name for p in spec.shared_parameters}:
+        parameters["normalize"] = normalize
+""",
+            within="main",
+        ),
     ],
 )
 
@@ -520,7 +578,7 @@ def vector_view(shape: Sequence[int], granularity: str) -> Tuple[int, int, int, 
         return matrices, rows, 1, columns
     size, count = (rows if kind == "row" else columns), int(block or 1)
     if size % count:
-        raise ValueError(f"{granularity} does not divide {size} {kind}s equally")
+        raise ValueError(f"granularity {granularity} does not divide {size} {kind}s")
     if kind == "row":
         return matrices * (rows // count), count, 1, columns
     return matrices, rows, columns // count, count
@@ -587,7 +645,8 @@ MAGNITUDE = Proposal(
             '''\
 def _parameter_name(argument: str) -> str:
     """The name of a parameter: its argument's, but `lambda` for `lambda_`."""
-    return argument[:-1] if keyword.iskeyword(argument[:-1]) else argument
+    name = argument.removesuffix("_")
+    return name if keyword.iskeyword(name) else argument
 
 
 def _parameter_spec(
@@ -636,7 +695,7 @@ def _parameter_spec(
         replace(
             _SPHERICAL,
             "mean_coefficients",
-            "# take geometry: _mean as mean_coefficients, _mean_length\n",
+            "# take geometry: _mean as mean_coefficients\n",
         ),
         edit(
             _NUSLERP,

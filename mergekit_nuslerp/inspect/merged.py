@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mergekit_nuslerp.geometry import mean_coefficients, profile
-from mergekit_nuslerp.granularity import ROW_COLUMN, slices, wholes
+from mergekit_nuslerp.granularity import ROW_COLUMN, pieces, wholes
 from mergekit_nuslerp.kernel import gram_matrices
 from mergekit_nuslerp.parameters import Values
 from mergekit_nuslerp.passes.portable import wide_dtype
@@ -98,7 +98,7 @@ def _with_merged(
     size = len(inputs) + 1
     grams = rows.new_zeros(len(rows), size, size)
     owners = torch.arange(len(rows)).repeat_interleave(rows.shape[1])
-    for part in slices(len(owners), max(1, _ELEMENTS // columns.shape[1])):
+    for (part,) in pieces(owners.shape, _ELEMENTS // columns.shape[1]):
         moved = [x[part].to(dtype) for x in given]
         if origin is not None:
             moved = [x - origin[part].to(dtype) for x in moved]

@@ -22,8 +22,11 @@ _BYTES_ELSEWHERE = 128 * 2**20
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest dtype of a device: Apple's GPUs have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """The widest dtype of a device: Apple's GPUs, and some of Intel's, lack float64."""
+    has_float64 = device.type != "mps"
+    if device.type == "xpu":
+        has_float64 = torch.xpu.get_device_properties(device).has_fp64
+    return torch.float64 if has_float64 else torch.float32
 
 
 def is_recorded(tensors: Sequence[torch.Tensor]) -> bool:

@@ -66,11 +66,65 @@ def test_a_weight_of_zero_leaves_a_model_out():
     torch.testing.assert_close(three, two)
 
 
-def test_vectors_that_cancel_are_merged_linearly():
-    angles = torch.tensor([0.0, 120.0, 240.0]).deg2rad()
-    units = list(torch.stack([angles.cos(), angles.sin()], dim=1).double())
+def around_a_pole(degrees, height=0.0):
+    """Unit vectors, seen from the pole in these directions."""
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    rise = torch.full_like(angles, height / (1 - height**2) ** 0.5)
+    units = torch.stack([angles.cos(), angles.sin(), rise], dim=1)
+    return [unit(x) for x in units]
+
+
+@pytest.mark.parametrize(
+    "degrees,height,weight",
+    [
+        ([0, 120, 240], 0, [1, 1, 1]),
+        # The mean has coefficients of 500, which multiply rounding.
+        ([0, 120, 240], 1 / 1500, [1, 1, 1]),
+        # The log maps cancel at the sum's direction, but farther from most is no mean.
+        ([0, 170, 190], 0, [3, 1, 1]),
+    ],
+)
+def test_vectors_that_cancel_are_merged_linearly(degrees, height, weight):
+    units = around_a_pole(degrees, height)
+    result = merge_tensors(units, "nuslerp", parameters={"weight": weight})
+    linear = sum(w * x for w, x in zip(weight, units)) / sum(weight)
+    torch.testing.assert_close(result, linear)
+
+
+def test_in_the_plane_each_row_has_a_mean_or_is_linear():
+    """Steps towards a mean do not converge for all of these."""
+    tensors = [x / x.norm(dim=1, keepdim=True) for x in random(2000, 2, count=5)]
+    parameters = {"weight": [1] * 5, "nuslerp_flatten": False}
+    result = merge_tensors(tensors, "nuslerp", parameters=parameters)
+    curved = ((result - sum(tensors) / 5).abs() > 1e-12).any(1)
+    assert 1000 < curved.sum() < 2000
+    mean, pull = result[curved], 0
+    for x in tensors:
+        cosine = (x[curved] * mean).sum(1, keepdim=True)
+        tangent = x[curved] - cosine * mean
+        length = tangent.norm(dim=1, keepdim=True)
+        pull += torch.atan2(length, cosine) * tangent / length
+    torch.testing.assert_close(mean.norm(dim=1), torch.ones(len(mean)).double())
+    assert pull.norm(dim=1).max() < 1e-6
+
+
+def test_vectors_that_nearly_cancel_have_a_mean():
+    # Plain Newton steps leave these.
+    units = around_a_pole([0, 105, 225], 0.05)
     result = merge_tensors(units, "nuslerp", parameters={"weight": [1, 1, 1]})
-    torch.testing.assert_close(result, sum(units) / 3)
+    torch.testing.assert_close(result, karcher(units, [1 / 3] * 3))
+
+
+@pytest.mark.parametrize("method", ["karcher", "nuslerp"])
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("element", [float("nan"), float("inf")])
+def test_no_number_of_a_vector_that_is_not_finite_is_written(method, opposite, element):
+    a, b, c = random(5, count=3)
+    if opposite:
+        b = -a
+    c[2] = element
+    parameters = {"weight": [1, 2, 3]} if method == "nuslerp" else {}
+    assert merge_tensors([a, b, c], method, parameters=parameters).isnan().all()
 
 
 # Once normalised, the last two would be positive.
@@ -84,6 +138,41 @@ def test_an_opposite_pair_makes_three_vectors_linear():
     a, b = random(20, count=2)
     result = merge_tensors([a, -a, b], "nuslerp", parameters={"weight": [1, 1, 2]})
     torch.testing.assert_close(result, b / 2)
+
+
+def test_an_opposite_vector_of_weight_zero_is_left_out():
+    a, b = random(20, count=2)
+    result = merge_tensors([a, -a, b], "nuslerp", parameters={"weight": [1, 0, 2]})
+    expected = merge_tensors([a, b], "nuslerp", parameters={"weight": [1, 2]})
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("method", ["karcher", "nuslerp"])
+def test_other_derivatives_than_of_first_order_in_reverse_mode_are_refused(method):
+    def merge(x):
+        parameters = {"weight": [1, 2, 3]} if method == "nuslerp" else {}
+        return merge_tensors([x, b, c], method, parameters=parameters).square().sum()
+
+    a, b, c = random(4, count=3)
+    torch.testing.assert_close(torch.func.jacrev(merge)(a), torch.func.grad(merge)(a))
+    gradient, *_ = torch.autograd.grad(merge(a.requires_grad_()), a, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second"):
+        gradient.sum().backward()
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(merge, (a.detach(),), (b,))
+    with pytest.raises(NotImplementedError):
+        torch.func.hessian(merge)(a.detach())
+
+
+def test_gradients_where_some_rows_have_no_mean():
+    a, b, c = random(4, 3, count=3)
+    b[1] = -a[1]
+    a[2], b[2], c[2] = torch.tensor([[1, -1, 0], [0, 1, -1], [-1, 0, 1]])
+    tensors = [x.requires_grad_() for x in (a, b, c)]
+    parameters = {"weight": [1, 1, 1], "nuslerp_flatten": False}
+    merge_tensors(tensors, "nuslerp", parameters=parameters).sum().backward()
+    for x in tensors:
+        assert x.grad.isfinite().all() and (x.grad[1:3] == 1 / 3).all()
 
 
 def test_gradients_of_several_models():
@@ -108,9 +197,11 @@ def test_karcher_leaves_short_inputs_out_of_the_direction():
     torch.testing.assert_close(result, merge_tensors([a, b], "karcher") * 2 / 3)
 
 
-def test_karcher_of_opposite_inputs_keeps_the_first():
+def test_karcher_of_opposite_inputs_keeps_the_first_that_is_not_short():
     a = torch.tensor([3.0, 4.0])
     torch.testing.assert_close(merge_tensors([a, -a], "karcher"), a)
+    result = merge_tensors([0 * a, a, -a], "karcher")
+    torch.testing.assert_close(result, 2 / 3 * a)
 
 
 def test_karcher_of_an_opposite_pair_and_a_third_takes_the_sum():

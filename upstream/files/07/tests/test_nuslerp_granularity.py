@@ -75,5 +75,5 @@ def test_other_values_are_refused(granularity):
 
 
 def test_blocks_must_divide_a_weight():
-    with pytest.raises(ValueError, match="row:4 does not divide 6 rows"):
+    with pytest.raises(ValueError, match="granularity row:4 does not divide 6 rows"):
         merge((A, B, BASE), "row:4")

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from mergekit import merge_methods
 from mergekit.merge_methods import TensorGroup, merge_method, merge_tensors
@@ -50,6 +51,25 @@ def test_zero_vectors_count_in_the_length_alone():
         torch.testing.assert_close(result, expected)
 
 
+def test_a_zero_vector_of_weight_zero_does_not_count():
+    result = merge([A, 0 * A], weight=[1, 0], nuslerp_magnitude="geometric")
+    torch.testing.assert_close(result, A)
+
+
+def test_other_magnitudes_are_refused():
+    with pytest.raises(ValidationError, match="nuslerp_magnitude|geometric"):
+        merge([A, B], nuslerp_magnitude="euclidean")
+
+
+def test_coefficients_beyond_float32_of_bfloat16_vectors():
+    a, b = torch.tensor([[1e8, 0], [0, 1e-12]], dtype=torch.bfloat16)
+    result = merge([a, b], weight=[2, -1], nuslerp_magnitude="geometric")
+    # SLERP a quarter turn beyond a, so opposite to b.
+    length = a.double().norm() ** 2 / b.double().norm()
+    expected = torch.tensor([0, -length])
+    torch.testing.assert_close(result.double(), expected, rtol=1e-2, atol=1e-6 * length)
+
+
 @pytest.mark.parametrize("magnitude", ["slerp", "linear", "geometric"])
 def test_vectors_without_a_mean_are_merged_linearly(magnitude):
     result = merge([A, -2 * A], nuslerp_magnitude=magnitude)
@@ -77,12 +97,13 @@ def test_lambda_needs_a_base():
 
 def test_an_argument_lambda_with_an_underscore_is_parameter_lambda():
     @merge_method(name="scaled")
-    def scaled(group: TensorGroup, lambda_: float, other_: float = 1) -> torch.Tensor:
-        return lambda_ * other_ * group.tensors[0]
+    def scaled(
+        group: TensorGroup, lambda_: float, other_: float = 1, form: float = 1
+    ) -> torch.Tensor:
+        return lambda_ * other_ * form * group.tensors[0]
 
-    assert [p.name for p in scaled.spec.parameters] == ["lambda", "other_"]
-    (result,) = scaled(
-        [TensorGroup.from_tensors([A])], parameters={"lambda": 2, "other_": 3}
-    )
-    torch.testing.assert_close(result, 6 * A)
+    assert [p.name for p in scaled.spec.parameters] == ["lambda", "other_", "form"]
+    parameters = {"lambda": 2, "other_": 3, "form": 5}
+    (result,) = scaled([TensorGroup.from_tensors([A])], parameters=parameters)
+    torch.testing.assert_close(result, 30 * A)
     assert "lambda" in {p.name for p in merge_methods.get("nuslerp").spec.parameters}

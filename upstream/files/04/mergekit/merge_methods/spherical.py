@@ -46,22 +46,21 @@ def merge_vectors(
     if not result.numel():
         return result.reshape(tensors[0].shape)
     recorded = torch.is_grad_enabled() and any(view.requires_grad for view in views)
-    # Apple's GPUs have no float64.
-    wide = torch.float32 if result.device.type == "mps" else torch.float64
+    wide = wide_dtype(result.device)
+    # Derivatives go as 1 / length^2, and may leave float32 where squares do not.
     narrow = torch.float32 if result.dtype.itemsize == 2 and not recorded else wide
     # Where both are one dtype, the second entry is all that stays.
     bounds = {narrow: _NEAR_ANTIPODAL, wide: _GRAM_ROUNDING * torch.finfo(wide).eps}
     outers, length, inners, width = sizes
-    most = max(1, _GRAM_ENTRIES // count**2)
     near = max(1, _GROUP_ELEMENTS // (length * inners * width))
-    steps = min(near, max(1, most // inners)), most
+    most = max(1, min(_GRAM_ENTRIES // count**2, near * inners))
     memory = _BYTES_CPU if result.device.type == "cpu" else _BYTES_ELSEWHERE
     if recorded:  # autograd would copy the whole gradient for each part
-        steps, memory = (outers, inners), sys.maxsize
-    for rows, columns in product(slices(outers, steps[0]), slices(inners, steps[1])):
+        most, memory = outers * inners, sys.maxsize
+    for rows, columns in pieces((outers, inners), most):
         group = [view[rows, :, columns] for view in views]
         for dtype, bound in bounds.items():
-            gram = _gram(group, count, dtype, wide, memory)
+            gram = _gram(group, count, dtype, memory)
             coefficients, unique = solve(gram, bound)
             if dtype == wide or _is_precise(gram.diagonal(), coefficients, unique):
                 break
@@ -76,14 +75,11 @@ def merge_vectors(
 
 
 def _gram(
-    given: Sequence[torch.Tensor],
-    count: int,
-    dtype: torch.dtype,
-    wide: torch.dtype,
-    memory: int,
+    given: Sequence[torch.Tensor], count: int, dtype: torch.dtype, memory: int
 ) -> torch.Tensor:
     """Inner products `(N, N, outer, inner)` of the differences from the base."""
     pairs = list(combinations_with_replacement(range(count), 2))
+    wide = wide_dtype(given[0].device)
     total = given[0].new_zeros(len(pairs), *given[0].shape[::2], dtype=wide)
     for chunk, vectors, _ in _chunks(given, count, dtype, memory):
         terms = [(vectors[i] * vectors[j]).sum((1, 3)) for i, j in pairs]
@@ -103,7 +99,10 @@ def _chunks(
         yield chunk, vectors if base is None else [x - base for x in vectors], base
 
 
-# take granularity: pieces, slices
+# take granularity: pieces
+
+
+# take passes.portable: wide_dtype
 
 
 # take kernel: _is_precise
