@@ -66,7 +66,7 @@ def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, int, int, 
     return matrices, rows, _blocks(columns, block, "column"), block
 
 
-def wholes(shape: Sequence[int], granularity: str) -> int:
+def matrix_count(shape: Sequence[int], granularity: str) -> int:
     """How many matrices `(batch, *weight_shape)` has, which vectors are compared to, or
     weights, where a vector is not of one matrix.
     """

@@ -30,7 +30,7 @@ from mergekit_nuslerp.geometry import (
     profile,
     sums_to_zero,
 )
-from mergekit_nuslerp.granularity import ROW_COLUMN, pieces, vector_view, wholes
+from mergekit_nuslerp.granularity import ROW_COLUMN, matrix_count, pieces, vector_view
 from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 
 # What is merged at once: entries of Gram matrices, for their memory, and elements of
@@ -204,12 +204,12 @@ def merge_batch(
     linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
     means = _Means(passes.choose(views), shares, magnitude)
     counts = [len(level[0]) * level[0].shape[2] for level in levels]
-    vectors, whole = counts[0], wholes(given[0].shape, granularity)
+    vectors, matrices = counts[0], matrix_count(given[0].shape, granularity)
     compared = None
-    if max(counts) > whole and (contrast != 1 or len(levels) > 1):
-        vectors = sum(counts) + whole
+    if max(counts) > matrices and (contrast != 1 or len(levels) > 1):
+        vectors = sum(counts) + matrices
         if groups[0]:
-            compared = means.compare(groups, whole, contrast, lambda_, exact)
+            compared = means.compare(groups, matrices, contrast, lambda_, exact)
             linear = compared.linear
     for group in groups[0]:
         if compared:
@@ -288,25 +288,25 @@ class _Means(NamedTuple):
     def compare(
         self,
         levels: Sequence[Sequence[_Group]],
-        whole: int,
+        matrices: int,
         contrast: float,
         scale: float,
         exact: bool,
     ) -> _Compared:
-        """Compare vectors to the `whole` matrices of all weights.
+        """Compare vectors to the matrices that they are of.
 
         The first level's coefficients are of its vectors, the second one's, if any, are
         factors of their rows.
         """
         (batch, _, count), wide = self.shares.shape, self.shares.dtype
-        shares = self.shares.repeat_interleave(whole // batch, 0)
+        shares = self.shares.repeat_interleave(matrices // batch, 0)
         linear = torch.zeros(batch, dtype=torch.int64, device=shares.device)
-        again = partial(self.compare, levels, whole, contrast, scale, True)
+        again = partial(self.compare, levels, matrices, contrast, scale, True)
         tables = []
         for groups in levels:
             outer, inner = groups[-1].outer.stop, groups[-1].inner.stop
             tables.append(shares.new_empty(outer, inner, count))
-            grams = shares.new_zeros(whole, 1, count, count)  # sums of the vectors'
+            grams = shares.new_zeros(matrices, 1, count, count)  # sums of the vectors'
             for group in groups:
                 working, gram, found, unique = self.of(group, exact)
                 given = self.shares[group.outputs]
@@ -314,23 +314,23 @@ class _Means(NamedTuple):
                     return again()
                 tables[-1][group.outer, group.inner] = found
                 owners = torch.arange(outer, device=gram.device)[group.outer]
-                owners = owners // (outer // whole)
+                owners = owners // (outer // matrices)
                 grams.index_add_(0, owners, gram.sum(1, keepdim=True))
                 linear.index_add_(0, group.outputs, (~unique).sum(-1))
-        weights = torch.arange(whole, device=shares.device) // (whole // batch)
+        weights = torch.arange(matrices, device=shares.device) // (matrices // batch)
         refuse_infinite(grams, weights, "a squared length")
         if not exact and not self.is_precise(grams, shares):
             return again()
-        means, unique = self.find(grams, shares, 0)
+        whole, unique = self.find(grams, shares, 0)
         linear.index_add_(0, weights, (~unique).sum(-1))
         working, factors = wide if exact else torch.float32, []
-        units = scale * means, torch.ones_like(means)
+        units = scale * whole, torch.ones_like(whole)
         # With the third power, factors of coefficients are between 1e-6 and 1e6.
         for table, unit, power in zip(tables, units, (1, 3)):
-            table = table.view(whole, -1, count)
+            table = table.view(matrices, -1, count)
             factors.append(torch.empty_like(table))
-            for (part,) in pieces(table.shape[1:2], _GRAM_ENTRIES // means.numel()):
-                found = unit * profile(table[:, part], means, contrast)
+            for (part,) in pieces(table.shape[1:2], _GRAM_ENTRIES // whole.numel()):
+                found = unit * profile(table[:, part], whole, contrast)
                 factors[-1][:, part] = found
                 if not _is_precise(found.new_ones(1), found**power, unique):
                     working = wide

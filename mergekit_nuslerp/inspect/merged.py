@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mergekit_nuslerp.geometry import mean_coefficients, profile
-from mergekit_nuslerp.granularity import ROW_COLUMN, pieces, wholes
+from mergekit_nuslerp.granularity import ROW_COLUMN, matrix_count, pieces
 from mergekit_nuslerp.kernel import gram_matrices
 from mergekit_nuslerp.parameters import Values
 from mergekit_nuslerp.passes.portable import wide_dtype
@@ -50,7 +50,7 @@ def merge(
     means = partial(mean_coefficients, weights=weights, magnitude=values.magnitude)
     coefficients, unique = means(grams)
     vectors, linear = len(grams), int((~unique).sum())
-    matrices = wholes((1, *inputs[0].shape), values.granularity)
+    matrices = matrix_count((1, *inputs[0].shape), values.granularity)
     both = values.granularity == ROW_COLUMN and inputs[0].dim() > 1
     if both:
         sizes = [matrices * size for size in (*inputs[0].shape[-2:], 1)]
