@@ -1,6 +1,7 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -183,6 +184,16 @@ def test_what_autograd_records_is_not_cut(monkeypatch):
             merge([a, b], [0.3, 0.7], base, nuslerp_flatten=False)
         counts.append(operations.count)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_gradients_by_a_zero_vector_hold_the_coefficients(flatten):
+    a, _, _ = random(4, 20)
+    zero, a = (x.requires_grad_() for x in (torch.zeros_like(a), a))
+    merge([zero, a], [0.3, 0.7], nuslerp_flatten=flatten).sum().backward()
+    for x, t in ((zero, 0.3), (a, 0.7)):
+        expected = torch.full_like(x, math.sin(t * math.pi / 2))
+        torch.testing.assert_close(x.grad, expected)
 
 
 def test_gradients_of_a_short_and_a_long_bfloat16_vector():
