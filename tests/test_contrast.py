@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no unique spherical mean")
 
 BOTH = "row*column"
 each_number = pytest.mark.parametrize("count", [2, 3, 5])
-all_contrasts = pytest.mark.parametrize("contrast", [0, 0.5, 1, 2, 5])
+all_contrasts = pytest.mark.parametrize("contrast", [0, 0.5, 2])
 some_contrasts = pytest.mark.parametrize("contrast", [1, 2])
 granularities = pytest.mark.parametrize(
     "granularity", ["matrix", "row", "column:4", BOTH]
@@ -48,7 +48,7 @@ def assert_close(result: torch.Tensor, expected: torch.Tensor) -> None:
 
 @granularities
 @all_magnitudes
-@all_contrasts
+@pytest.mark.parametrize("contrast", [0, 0.5, 1, 2, 5])
 @each_number
 def test_the_merge_is_the_textbook_s(granularity, magnitude, contrast, count):
     for shape, with_base in (((6, 8), True), ((8, 4), False), ((2, 4, 4), True)):
@@ -309,8 +309,8 @@ def test_gradients_of_vectors_with_faults_are_finite(contrast, count, magnitude)
 
 @pytest.mark.parametrize("granularity", ["row", "column:4", BOTH])
 @all_magnitudes
-@pytest.mark.parametrize("contrast", [0, 0.5, 1, 2])
-@each_number
+@pytest.mark.parametrize("contrast", [0.5, 1, 2])
+@two_or_three
 def test_gradients_agree_with_finite_differences(
     granularity, magnitude, contrast, count
 ):
