@@ -104,8 +104,10 @@ def ours(what: str, weights: list[float], note: str = "", **more: Any) -> Settin
     return Setting(f"nuslerp, {what}{note}", "nuslerp", parameters)
 
 
-def contrasted(what: str, weights: list[float], contrast: float) -> Setting:
-    note = f", contrast = {contrast:g}"
+def contrasted(
+    what: str, weights: list[float], contrast: float, note: str = ""
+) -> Setting:
+    note = f", contrast = {contrast:g}{note}"
     return ours(what, weights, note, nuslerp_contrast=contrast)
 
 
@@ -155,8 +157,7 @@ def front_settings(scale: float) -> Iterator[Setting]:
         yield from (linear(each, weights, note) for each in {1.0, scale})
         for each in ("tensor", "column", "row*column"):
             yield ours(each, weights, note)
-        note = f", contrast = 2{note}"
-        yield ours("row*column", weights, note, nuslerp_contrast=2.0)
+        yield contrasted("row*column", weights, 2.0, note)
 
 
 # --- Figures -----------------------------------------------------------------------

@@ -193,18 +193,20 @@ def resolve(
             "are no task vectors to scale. Add `base_model`, or remove `lambda`."
         )
     chosen, contrast = choose_granularity(values), values["nuslerp_contrast"]
-    total = sum(numbers)
-    limits = {
-        "of more than two models": len(numbers) > MIN_MODELS,
-        f"with `nuslerp_granularity: {chosen}`": chosen == granularity.ROW_COLUMN,
-        f"with `nuslerp_contrast: {contrast:g}`": contrast != 1,
-    }
-    for condition in (name for name, applies in limits.items() if applies):
+    refusing = ""
+    if len(numbers) > MIN_MODELS:
+        refusing = "of more than two models"
+    elif chosen == granularity.ROW_COLUMN:
+        refusing = f"with `nuslerp_granularity: {chosen}`"
+    elif contrast != 1:
+        refusing = f"with `nuslerp_contrast: {contrast:g}`"
+    if refusing and not sums_to_zero(numbers):
+        total = sum(numbers)
         for (model, _), number in zip(weights, numbers):
-            if not sums_to_zero(numbers) and number / total < 0:
+            if number / total < 0:
                 raise ConfigError(
                     f"nuslerp: parameter 'weight' of model {model} is {number}, but "
-                    f"weights {condition}, {brief(list(numbers))}, must all have the "
+                    f"weights {refusing}, {brief(list(numbers))}, must all have the "
                     "same sign. Write weights of at least 0."
                 )
     return Values(numbers, chosen, values["nuslerp_magnitude"], contrast, scale)

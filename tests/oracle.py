@@ -165,17 +165,26 @@ def _of_two(units: torch.Tensor, weights: torch.Tensor, tolerance: float) -> _Di
     return _Direction(mean, coefficients, condition, ~unique, unique)
 
 
-def _merge(
-    vectors: torch.Tensor, weights: torch.Tensor, magnitude: str, tolerance: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Merge vectors, `(count, models, length)`: results, sensitivity, uniqueness."""
-    _, models, elements = vectors.shape
+def _directions(
+    vectors: torch.Tensor, weights: torch.Tensor, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor, _Direction]:
+    """Of vectors `(count, models, length)`: their lengths, unit vectors and means."""
+    models = vectors.shape[1]
     length = _length(vectors)
     # Each zero vector gets a dimension of its own: orthogonal to everything.
     own = (length == 0).unsqueeze(-1) * torch.eye(models, dtype=torch.float64)
     units = torch.cat([_unit(vectors), own], -1)
     find = _of_two if models == 2 else _of_many
-    mean, coefficients, condition, straight, unique = find(units, weights, tolerance)
+    return length, units, find(units, weights, tolerance)
+
+
+def _merge(
+    vectors: torch.Tensor, weights: torch.Tensor, magnitude: str, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Merge vectors, `(count, models, length)`: results, sensitivity, uniqueness."""
+    elements = vectors.shape[-1]
+    length, units, direction = _directions(vectors, weights, tolerance)
+    mean, coefficients, condition, straight, unique = direction
     weight = weights.unsqueeze(-1)
     linear = (weight * vectors).sum(-2)
     if magnitude == "slerp":
@@ -225,11 +234,8 @@ def _level(
         [torch.stack([v[place].flatten() for place in places]) for v in moved], 1
     )
     _, models, elements = rows.shape
-    length = _length(rows)
-    own = (length == 0).unsqueeze(-1) * torch.eye(models, dtype=torch.float64)
-    units = torch.cat([_unit(rows), own], -1)
-    find = _of_two if models == 2 else _of_many
-    mean, c, condition, _, unique = find(units, weights, tolerance)
+    length, _, direction = _directions(rows, weights, tolerance)
+    mean, c, condition, _, unique = direction
     errors = torch.maximum(c.abs(), weights).amax(-1).clamp(min=1) / condition
     errors = errors.unsqueeze(-1).expand_as(c)
     if magnitude != "slerp":

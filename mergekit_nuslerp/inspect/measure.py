@@ -49,11 +49,7 @@ from mergekit_nuslerp.inspect.figures import (
 )
 from mergekit_nuslerp.inspect.merged import merge
 from mergekit_nuslerp.inspect.verdict import verdict, warnings
-from mergekit_nuslerp.kernel import (
-    NonFiniteError,
-    RangeError,
-    gram_matrices,
-)
+from mergekit_nuslerp.kernel import NonFiniteError, RangeError, gram_matrices
 from mergekit_nuslerp.parameters import (
     ConfigError,
     check_block,
