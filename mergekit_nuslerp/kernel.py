@@ -196,7 +196,7 @@ def merge_batch(
     kinds = ("column", "row") if granularity == ROW_COLUMN else (granularity,)
     levels = [_views(given, kind) for kind in kinds]
     views, batch = levels[0], max(1, len(shares))
-    groups = [[*_groups(level, base is not None, batch)] for level in levels]
+    groups = partial(_groups, has_base=base is not None, batch=batch)
     dtype = reduce(torch.promote_types, (view.dtype for view in views))
     exact = is_recorded(views) or dtype.itemsize > 2
     shares = shares.to(views[0].device, wide_dtype(views[0].device)).unsqueeze(1)
@@ -208,10 +208,11 @@ def merge_batch(
     compared = None
     if max(counts) > matrices and (contrast != 1 or len(levels) > 1):
         vectors = sum(counts) + matrices
-        if groups[0]:
-            compared = means.compare(groups, matrices, contrast, lambda_, exact)
+        parts = [[*groups(level)] for level in levels]
+        if parts[0]:
+            compared = means.compare(parts, matrices, contrast, lambda_, exact)
             linear = compared.linear
-    for group in groups[0]:
+    for group in groups(views):
         if compared:
             working, coefficients, rows = compared.of(group)
         else:
