@@ -6,7 +6,7 @@
 One pass over the weights takes the inner products, `geometry` turns them into a
 coefficient for each vector, and a second pass writes the combination, rounded once.
 What a pass does on a device is in `passes`. Where coefficients are compared to those of
-the whole tensor (`row*column`, a contrast), all are worked out before the second pass.
+the whole matrix (`row*column`, a contrast), all are worked out before the second pass.
 """
 
 from __future__ import annotations
@@ -196,23 +196,21 @@ def merge_batch(
     kinds = ("column", "row") if granularity == ROW_COLUMN else (granularity,)
     levels = [_views(given, kind) for kind in kinds]
     views, batch = levels[0], max(1, len(shares))
-    groups = partial(_groups, has_base=base is not None, batch=batch)
     dtype = reduce(torch.promote_types, (view.dtype for view in views))
     exact = is_recorded(views) or dtype.itemsize > 2
     shares = shares.to(views[0].device, wide_dtype(views[0].device)).unsqueeze(1)
     result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
     linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
-    means = _Means(passes.choose(views), shares, magnitude)
+    means = _Means(passes.choose(views), base is not None, shares, magnitude)
     counts = [len(level[0]) * level[0].shape[2] for level in levels]
     vectors, matrices = counts[0], matrix_count(given[0].shape, granularity)
     compared = None
     if max(counts) > matrices and (contrast != 1 or len(levels) > 1):
         vectors = sum(counts) + matrices
-        parts = [[*groups(level)] for level in levels]
-        if parts[0]:
-            compared = means.compare(parts, matrices, contrast, lambda_, exact)
+        if not _is_empty(result):
+            compared = means.compare(levels, matrices, contrast, lambda_, exact)
             linear = compared.linear
-    for group in groups(views):
+    for group in means.groups(views):
         if compared:
             working, coefficients, rows = compared.of(group)
         else:
@@ -256,8 +254,12 @@ class _Means(NamedTuple):
     """The first two steps."""
 
     chosen: ModuleType  # the pass
+    has_base: bool
     shares: torch.Tensor  # (batch, 1, N)
     magnitude: Magnitude
+
+    def groups(self, views: Sequence[torch.Tensor]) -> Iterator[_Group]:
+        return _groups(views, self.has_base, len(self.shares))
 
     def of(
         self, group: _Group, exact: bool, scale: float = 1.0
@@ -288,7 +290,7 @@ class _Means(NamedTuple):
 
     def compare(
         self,
-        levels: Sequence[Sequence[_Group]],
+        levels: Sequence[Sequence[torch.Tensor]],
         matrices: int,
         contrast: float,
         scale: float,
@@ -304,42 +306,41 @@ class _Means(NamedTuple):
         linear = torch.zeros(batch, dtype=torch.int64, device=shares.device)
         again = partial(self.compare, levels, matrices, contrast, scale, True)
         tables = []
-        for groups in levels:
-            outer, inner = groups[-1].outer.stop, groups[-1].inner.stop
+        for views in levels:
+            outer, _, inner, _ = views[0].shape
             tables.append(shares.new_empty(outer, inner, count))
             grams = shares.new_zeros(matrices, 1, count, count)  # sums of the vectors'
-            for group in groups:
+            for group in self.groups(views):
                 working, gram, found, unique = self.of(group, exact)
                 given = self.shares[group.outputs]
-                if working == wide and not (exact or self.is_precise(gram, given)):
+                if working == wide and not (exact or self.fits_float32(gram, given)):
                     return again()
                 tables[-1][group.outer, group.inner] = found
-                owners = torch.arange(outer, device=gram.device)[group.outer]
-                owners = owners // (outer // matrices)
+                owners = _owners(group.outer, outer // matrices, gram.device)
                 grams.index_add_(0, owners, gram.sum(1, keepdim=True))
                 linear.index_add_(0, group.outputs, (~unique).sum(-1))
-        weights = torch.arange(matrices, device=shares.device) // (matrices // batch)
+        weights = _owners(slice(0, matrices), matrices // batch, shares.device)
         refuse_infinite(grams, weights, "a squared length")
-        if not exact and not self.is_precise(grams, shares):
+        if not exact and not self.fits_float32(grams, shares):
             return again()
         whole, unique = self.find(grams, shares, 0)
         linear.index_add_(0, weights, (~unique).sum(-1))
-        working, factors = wide if exact else torch.float32, []
+        working = wide if exact else torch.float32
         units = scale * whole, torch.ones_like(whole)
         # With the third power, factors of coefficients are between 1e-6 and 1e6.
         for table, unit, power in zip(tables, units, (1, 3)):
             table = table.view(matrices, -1, count)
-            factors.append(torch.empty_like(table))
             for (part,) in pieces(table.shape[1:2], _GRAM_ENTRIES // whole.numel()):
-                found = unit * profile(table[:, part], whole, contrast)
-                factors[-1][:, part] = found
-                if not _is_precise(found.new_ones(1), found**power, unique):
+                found = table[:, part].clone()  # autograd may keep it
+                factors = unit * profile(found, whole, contrast)
+                if not _is_precise(factors.new_ones(1), factors**power, unique):
                     working = wide
-        refuse_infinite(factors[0], weights, "a coefficient")
-        rows = factors[1] if factors[1:] else None
-        return _Compared(working, factors[0].view(tables[0].shape), rows, linear)
+                refuse_infinite(factors, weights, "a coefficient")
+                table[:, part] = factors
+        rows = tables[1].view(matrices, -1, count) if tables[1:] else None
+        return _Compared(working, tables[0], rows, linear)
 
-    def is_precise(self, gram: torch.Tensor, shares: torch.Tensor) -> bool:
+    def fits_float32(self, gram: torch.Tensor, shares: torch.Tensor) -> bool:
         """Whether float32 is enough to combine vectors, of which some may be zero."""
         squares = gram.diagonal(dim1=-2, dim2=-1)
         present = torch.where(squares == 0, 1, squares)
@@ -390,17 +391,26 @@ def _groups(
     views: Sequence[torch.Tensor], has_base: bool, batch: int
 ) -> Iterator[_Group]:
     outer, length, inner, width = views[0].shape
-    if not views[0].numel() or views[0].device.type == "meta":
+    if _is_empty(views[0]):
         return
     near = max(1, _GROUP_ELEMENTS // (length * inner * width))
     most = max(1, min(_GRAM_ENTRIES // (len(views) - has_base) ** 2, near * inner))
     if is_recorded(views):  # autograd would copy the whole gradient for each group
         most = outer * inner
     for rows, columns in pieces((outer, inner), most):
-        outputs = torch.arange(rows.start, rows.stop, device=views[0].device)
+        outputs = _owners(rows, outer // batch, views[0].device)
         inputs = [view[rows, :, columns] for view in views]
         base = inputs.pop() if has_base else None
-        yield _Group(rows, columns, outputs // (outer // batch), inputs, base)
+        yield _Group(rows, columns, outputs, inputs, base)
+
+
+def _is_empty(tensor: torch.Tensor) -> bool:
+    return not tensor.numel() or tensor.device.type == "meta"
+
+
+def _owners(part: slice, size: int, device: torch.device) -> torch.Tensor:
+    """Of each index in part, which run of `size` indices it is in."""
+    return torch.arange(part.start, part.stop, device=device) // size
 
 
 def _check(group: _Group, gram: torch.Tensor) -> None:

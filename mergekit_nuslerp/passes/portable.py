@@ -83,7 +83,7 @@ def combine(
     factors = coefficients.to(dtype).movedim(-1, 0).contiguous()[:, :, None, :, None]
     if rows is not None:
         rows = rows.to(dtype).movedim(-1, 0)[..., None, None]
-    extremes: list[torch.Tensor] = []
+    finite = torch.ones((), dtype=torch.bool, device=out.device)
     for piece, vectors, total, buffer in _pieces(inputs, base, dtype):
         scales = factors[:, piece[0], :, piece[2]]
         if rows is not None:
@@ -93,8 +93,11 @@ def combine(
                 total = torch.mul(vector, factor, out=buffer)
             else:
                 total = torch.addcmul(total, vector, factor, out=buffer)
-        extremes += out[piece].copy_(total).detach().aminmax()
-    return bool(torch.stack(extremes).isfinite().all())
+        # In place: small tensors that stay would keep the C library from reusing the
+        # memory of large ones between them.
+        extremes = out[piece].copy_(total).detach().aminmax()
+        finite &= torch.stack(extremes).isfinite().all()
+    return bool(finite)
 
 
 def _pieces(
