@@ -33,10 +33,8 @@ from mergekit_nuslerp.geometry import (
 from mergekit_nuslerp.granularity import ROW_COLUMN, matrix_count, pieces, vector_view
 from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 
-# What is merged at once: entries of Gram matrices, for their memory, and elements of
-# vectors that lie in one piece, so that the second pass finds them in the cache.
+# Entries of Gram matrices that are worked on at once, for their memory.
 _GRAM_ENTRIES = 2**17
-_GROUP_ELEMENTS = 2**22
 
 # What float32 is enough for: squared lengths from this one, and coefficients between
 # these, whose products are neither subnormal nor infinite, and vectors that are five
@@ -390,11 +388,10 @@ def _views(given: Sequence[torch.Tensor], granularity: str) -> list[torch.Tensor
 def _groups(
     views: Sequence[torch.Tensor], has_base: bool, batch: int
 ) -> Iterator[_Group]:
-    outer, length, inner, width = views[0].shape
     if _is_empty(views[0]):
         return
-    near = max(1, _GROUP_ELEMENTS // (length * inner * width))
-    most = max(1, min(_GRAM_ENTRIES // (len(views) - has_base) ** 2, near * inner))
+    outer, _, inner, _ = views[0].shape
+    most = max(1, _GRAM_ENTRIES // (len(views) - has_base) ** 2)
     if is_recorded(views):  # autograd would copy the whole gradient for each group
         most = outer * inner
     for rows, columns in pieces((outer, inner), most):

@@ -112,7 +112,6 @@ def test_no_number_of_a_vector_that_is_not_finite_is_written(element):
 def cut_small(monkeypatch):
     """Two vectors at once, and ten of their elements."""
     monkeypatch.setattr(spherical, "_BYTES_CPU", 200)
-    monkeypatch.setattr(spherical, "_GROUP_ELEMENTS", 24)
     monkeypatch.setattr(spherical, "_GRAM_ENTRIES", 8)
 
 

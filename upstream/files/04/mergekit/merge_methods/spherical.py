@@ -20,7 +20,7 @@ import torch
 
 # take geometry: MIN_WEIGHT_SUM, _GRAM_ROUNDING
 # take passes.portable: _BYTES_CPU, _BYTES_ELSEWHERE
-# take kernel: _GRAM_ENTRIES, _GROUP_ELEMENTS, _SMALLEST_SQUARE, _COEFFICIENTS, _NEAR_ANTIPODAL
+# take kernel: _GRAM_ENTRIES, _SMALLEST_SQUARE, _COEFFICIENTS, _NEAR_ANTIPODAL
 
 
 def merge_vectors(
@@ -51,9 +51,8 @@ def merge_vectors(
     narrow = torch.float32 if result.dtype.itemsize == 2 and not recorded else wide
     # Where both are one dtype, the second entry is all that stays.
     bounds = {narrow: _NEAR_ANTIPODAL, wide: _GRAM_ROUNDING * torch.finfo(wide).eps}
-    outers, length, inners, width = sizes
-    near = max(1, _GROUP_ELEMENTS // (length * inners * width))
-    most = max(1, min(_GRAM_ENTRIES // count**2, near * inners))
+    outers, _, inners, _ = sizes
+    most = max(1, _GRAM_ENTRIES // count**2)
     memory = _BYTES_CPU if result.device.type == "cpu" else _BYTES_ELSEWHERE
     if recorded:  # autograd would copy the whole gradient for each part
         most, memory = outers * inners, sys.maxsize
