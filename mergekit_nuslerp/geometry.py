@@ -190,8 +190,10 @@ def karcher_coefficients(
     the mean lies off the inputs' span, on either side of it alike. There is no unique
     mean of vectors that cancel so far that a coefficient is larger than those of two
     that are not antipodal, or than 400 in float64: its third power multiplies rounding,
-    which leaves half of the digits. Two antipodal vectors that both have a weight count
-    as having none, whatever the others are.
+    which leaves half of the digits. Nor is there one that is not found in 24 steps, as
+    of two vectors within 3e-4 of opposite, the second with a weight below 0.03. Two
+    antipodal vectors that both have a weight count as having none, whatever the others
+    are.
 
     Derivatives in reverse mode, of first order, are the mean's. Others raise.
 
@@ -269,7 +271,9 @@ def _log_maps(
             curvature = weights * slope
             along = (cosines * (curvature * x)).sum(1)
             hessian = curvature.unsqueeze(1) * cosines
-            hessian.addcmul_(mean.unsqueeze(1), along, value=-1)
+            # Along the mean, where nothing is to be solved, its eigenvalue is made 1,
+            # or of two nearly opposite vectors it would be lost among their large ones.
+            hessian.addcmul_(mean.unsqueeze(1), x - along)
             # Far from the mean the Hessian may not be positive: keep to descent.
             square = (total * (cosines * total).sum(1)).sum(0)
             least = torch.maximum(smallest, 0.1 * _sqrt(square.clamp(min=1e-30)))

@@ -199,6 +199,25 @@ def test_of_two_vectors_it_is_slerp(theta, t):
         torch.testing.assert_close(c, sines, rtol=0, atol=close)
 
 
+@pytest.mark.parametrize("gap", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("share", [1e-4, 1e-3, 0.01, 0.1, 0.5])
+@pytest.mark.parametrize("others", [1, 3])
+def test_of_two_with_weight_it_is_their_slerp(gap, share, others):
+    """Also where they are nearly opposite and one of them hardly counts."""
+    if share / gap**0.5 > 20:
+        return  # coefficients are so large that it may count as without a mean
+    rows = unit(normal(50, 2 + others, 6))
+    across = unit(rows[:, 1] - (rows[:, 1] * rows[:, 0]).sum(-1, True) * rows[:, 0])
+    rows[:, 1] = (gap - 1) * rows[:, 0] + (2 * gap - gap**2) ** 0.5 * across
+    weights = torch.tensor([1 - share, share] + others * [0.0], dtype=torch.float64)
+    grams = rows @ rows.mT
+    closed, _ = mean_coefficients(grams[:, :2, :2], weights[:2])
+    c, unique = mean_coefficients(grams, weights)
+    assert unique.all()
+    assert (c[:, 2:] == 0).all()
+    torch.testing.assert_close(c[:, :2], closed, rtol=1e-6, atol=0)
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     angles=st.lists(st.floats(0, 2.8), min_size=3, max_size=6),

@@ -39,7 +39,7 @@ from cases import (
 )
 from cases import each_pass as each_pass
 from cases import one_thread as one_thread
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import assert_rounded_once, granularities, oracle, reference, vectors
 
@@ -1062,6 +1062,9 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases())
 def test_the_merge_is_the_oracle_rounded_once(case):
     tensors, weights, options = case
+    if len(tensors) > 2:  # nearly opposite vectors may count as without a mean
+        sensitivity = reference(tensors, weights, **options).sensitivity
+        assume(not sensitivity.numel() or sensitivity.max() < 1e5)
     result = nuslerp(tensors, weights, **options)
     assert_rounded_once(result, tensors, weights, **options)
 

@@ -54,7 +54,7 @@ def python(code: str, **environment: str) -> Finished:
 def damaged_copy(folder: Path, *missing: str) -> str:
     """A copy of the installed package without some of its files, to be found first."""
     copy = folder / PACKAGE.name
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, copy)
     for path in copy.rglob("*.py"):
         if path.name in missing:
             # Not deleted: an editable installation would find it where it came from.
@@ -136,7 +136,7 @@ def changed_mergekit(
     """A copy of the installed mergekit, by another version and with other texts."""
     source = Path(mergekit.__file__).parent
     copy = folder / "mergekit"
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, copy)
     info = folder / f"mergekit-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Name: mergekit\nVersion: {version}\n")
