@@ -19,7 +19,6 @@ from cases import (
     models,
     normal,
     rows_with_faults,
-    transposed,
     two_or_three,
     whole_numbers,
     with_and_without_base,
@@ -198,23 +197,14 @@ def test_16_bit_merges_are_rounded_once(dtype, magnitude, contrast, count):
         assert (result == exact.to(dtype)).double().mean() >= 0.999
 
 
-@two_or_three
 @pytest.mark.parametrize("contrast", [1, 2])
-@pytest.mark.parametrize(
-    "shape", [(20000, 3), (3, 20000), (3, 4000, 5), (2, 3, 9000), (700, 6100)], ids=str
-)
-def test_more_vectors_than_are_merged_at_once(shape, contrast, count):
-    tensors, base = models(*shape, count=count, make=whole_numbers)
+@pytest.mark.parametrize("shape", [(15000, 3), (3, 15000), (2, 3, 8000)], ids=str)
+def test_more_vectors_than_are_merged_at_once(shape, contrast):
+    tensors, base = models(*shape, count=3, make=whole_numbers)
     tensors, base = [tensor.bfloat16() for tensor in tensors], base.bfloat16()
     options = {"granularity": BOTH, "contrast": contrast, "base": base}
-    weights = WEIGHTS[count]
-    result = nuslerp(tensors, weights, **options)
-    if math.prod(shape) > 10**6:
-        few = {"granularity": BOTH, "contrast": contrast, "base": transposed(base)}
-        portable = nuslerp([transposed(x) for x in tensors], weights, **few)
-        assert (result != portable).double().mean() < 1e-3
-        return
-    assert_rounded_once(result, tensors, weights, **options)
+    result = nuslerp(tensors, WEIGHTS[3], **options)
+    assert_rounded_once(result, tensors, WEIGHTS[3], **options)
 
 
 # --- zero vectors, opposite ones, and the bound ----------------------------------

@@ -118,12 +118,7 @@ EXPECTED: dict[str, Callable[[str], Expected]] = {
 
 # Starting the command takes longer than all the merges together, so the other
 # examples are merged in this process.
-BY_COMMAND = {
-    "medswin.yaml",
-    "three_models.yaml",
-    "heads_and_neurons.yaml",
-    "rows_and_columns.yaml",
-}
+BY_COMMAND = {"medswin.yaml", "rows_and_columns.yaml"}
 
 MODELS = ("base", "sft", "kd")
 MODELS_OF = {
@@ -303,8 +298,7 @@ def first_hour(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("first hour")
     for name in (*MODELS, "dpo"):
         (folder / name).symlink_to(checkpoints / name)
-    for name in ("config.yaml", "merge.yaml"):
-        (folder / name).write_text(_blocks("yaml")[0], encoding="utf-8")
+    (folder / "merge.yaml").write_text(_blocks("yaml")[0], encoding="utf-8")
     return folder
 
 

@@ -1066,7 +1066,7 @@ LONG = ["self_attn.kv_a_proj_with_mqa", "mlp.shared_experts.down_proj", "a" * 90
 def test_tables_fit_the_width(
     models: int, projections: list[str], columns: str
 ) -> None:
-    layers = range(80)
+    layers = range(70, 82)
     record = measured([*torch.randn(models, 4, 4)], [1] * models)
     flat = measured([*torch.randn(models, 4)], [1] * models)
     tensors = [

@@ -24,7 +24,6 @@ import torch
 from click.testing import CliRunner
 from mergekit import merge_methods
 from support import (
-    REPOSITORY,
     Finished,
     clean_environment,
     load_tensors,
@@ -149,16 +148,14 @@ def changed_mergekit(
     return str(folder)
 
 
-def merge_by(
-    path: str, checkpoints: Path, out: Path, *command: str, scale: str = "0.5"
-) -> Finished:
+def merge_by(path: str, checkpoints: Path, out: Path, *command: str) -> Finished:
     """Run mergekit-yaml, or another command, with a mergekit from a folder."""
     config = out.parent / "config.yaml"
     config.write_text(
         "merge_method: nuslerp\nbase_model: ./base\nmodels:\n"
         "  - {model: ./sft, parameters: {weight: 0.3}}\n"
         "  - {model: ./kd, parameters: {weight: 0.7}}\n"
-        f"parameters: {{lambda: {scale}}}\n"
+        "parameters: {lambda: 0.5}\n"
     )
     words = command or ("mergekit.scripts.run_yaml",)
     return run_command(
@@ -172,9 +169,8 @@ def merge_by(
 _OURS = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
-@pytest.mark.parametrize("version", ["0.1.6", "0.2.0"])
-def test_a_mergekit_of_another_version_merges(version, checkpoints, tmp_path):
-    path = changed_mergekit(tmp_path, version, {})
+def test_a_mergekit_of_another_version_merges(checkpoints, tmp_path):
+    path = changed_mergekit(tmp_path, "0.2.0", {})
     done = merge_by(path, checkpoints, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     merge_here((tmp_path / "config.yaml").read_text(), tmp_path / "b", cwd=checkpoints)
@@ -269,6 +265,28 @@ def test_mergekit_yaml_ends_with_the_reason(checkpoints, tmp_path):
     assert not [*tmp_path.glob("out/*.safetensors")]
 
 
+# A merge that is right, one that is not, and whether what is wrapped is there.
+_SEAMS = """
+import sys
+from pathlib import Path
+from click.testing import CliRunner
+from mergekit.scripts.run_yaml import main
+from mergekit_nuslerp.adapters.planning import SEAMS
+
+config, out = map(Path, sys.argv[1:])
+done = CliRunner().invoke(main, [str(config), str(out)])
+assert done.exit_code == 0, done.output
+config.write_text(config.read_text().replace("lambda: 0.5", "lambda: .nan"))
+done = CliRunner().invoke(main, [str(config), str(out)])
+assert done.exit_code
+print(done.output, done.exception)
+for module, owner, method in SEAMS.values():
+    found = getattr(__import__(module, fromlist=[owner]), owner, None)
+    if not hasattr(found, method):
+        print("missing:", owner, method)
+"""
+
+
 @pytest.mark.parametrize(
     "file, name, other",
     [(".py", "MergeConfiguration", "Settings"), ("plan.py", "_plan(", "_plan_all(")],
@@ -276,22 +294,15 @@ def test_mergekit_yaml_ends_with_the_reason(checkpoints, tmp_path):
 def test_without_a_seam_tensors_are_checked_in_their_turn(
     file, name, other, checkpoints, tmp_path
 ):
-    """And the test of the seams, in test_config.py, fails then."""
+    """The test of the seams, in test_config.py, fails then."""
     path = changed_mergekit(tmp_path, "0.1.6", {file: (name, other)})
-    done = merge_by(path, checkpoints, tmp_path / "out")
+    (tmp_path / "seams.py").write_text(_SEAMS, "utf-8")
+    done = merge_by(path, checkpoints, tmp_path / "out", "seams")
     assert done.returncode == 0, done.stderr
-    done = merge_by(path, checkpoints, tmp_path / "other", scale=".nan")
-    assert done.returncode != 0
-    assert "parameter 'lambda'" in done.stderr, done.stderr
-    assert ("at tensor " in done.stderr) == (name == "_plan(")
-    test = REPOSITORY / "tests/test_config.py::test_mergekit_has_what_is_wrapped"
-    words = (sys.executable, "-m", "pytest", "-n", "0", test)
-    environment = clean_environment(PYTHONPATH=path)
-    done = run_command(*words, cwd=REPOSITORY, env=environment)
-    assert done.returncode != 0
-    assert f"has no attribute '{name}'".replace("('", "'") in done.stdout or (
-        f"cannot import name '{name}'" in done.stdout
-    ), done.stdout
+    assert "parameter 'lambda'" in done.stdout, done.stdout
+    assert ("at tensor " in done.stdout) == (name == "_plan(")
+    *_, missing = done.stdout.splitlines()
+    assert missing.startswith("missing:") and name.strip("(") in missing
 
 
 def test_switched_off_mergekit_has_its_own_method():
@@ -413,13 +424,6 @@ def test_an_adapter_can_be_imported_first(attribute, adapter):
     assert result.stdout.startswith("mergekit_nuslerp."), result.stderr
 
 
-def test_status_says_on():
-    result = CliRunner().invoke(cli.main, ["status"])
-    assert result.exit_code == 0, result.output
-    assert result.output.startswith("on: mergekit")
-    assert "compiled" not in result.output
-
-
 def test_the_demo_needs_the_plugin(tmp_path):
     result = CliRunner().invoke(
         cli.main, ["demo", str(tmp_path / "out")], env={"MERGEKIT_NUSLERP": "0"}
@@ -452,10 +456,12 @@ def test_status_says_what_the_switch_does(value, said, monkeypatch):
         ("portable", "portable pass (PyTorch), as MERGEKIT_NUSLERP=portable says"),
     ],
 )
-def test_status_says_which_pass_serves(value, said):
+def test_status_says_on_and_which_pass_serves(value, said):
     result = CliRunner().invoke(cli.main, ["status"], env={"MERGEKIT_NUSLERP": value})
     assert result.exit_code == 0, result.output
+    assert result.output.startswith("on: mergekit")
     assert f"arithmetic: {said}." in result.output
+    assert "compiled" not in result.output
 
 
 @pytest.mark.parametrize(
