@@ -90,14 +90,16 @@ def mean_coefficients(
     """
     shape, count = gram.shape[:-1], gram.shape[-1]
     bound = max(antipodal_tolerance, antipodal_bound(gram.dtype))
-    # Models first, so that sums over them run along memory.
-    matrices = gram.movedim((-2, -1), (0, 1)).reshape(count, count, -1).contiguous()
-    shares = weights.expand(shape).movedim(-1, 0).reshape(count, -1).contiguous()
+    matrices = gram.reshape(-1, count, count)
+    shares = weights.expand(shape).reshape(-1, count)
     most = max(1, _MOST_ENTRIES // (count * (count + 1)))
-    parts = zip(matrices.split(most, -1), shares.split(most, -1))
-    means = [_mean(*part, magnitude, bound) for part in parts]
+    means = [
+        # Models first, so that sums over them run along memory.
+        _mean(part.permute(1, 2, 0).contiguous(), own.T.contiguous(), magnitude, bound)
+        for part, own in zip(matrices.split(most), shares.split(most))
+    ]
     coefficients, unique = (torch.cat(found, -1) for found in zip(*means))
-    return coefficients.movedim(0, -1).reshape(shape), unique.reshape(shape[:-1])
+    return coefficients.T.reshape(shape), unique.reshape(shape[:-1])
 
 
 def profile(
@@ -116,10 +118,12 @@ def profile(
     ratio = coefficients / torch.where(whole == 0, math.inf, whole)
     zero = ratio == 0
     ratio = torch.where(zero, 1, ratio)
-    result = ratio ** min(contrast, 1)
+    # Exponents are tensors, as PyTorch takes `sqrt` for a number of 0.5.
+    result = ratio ** torch.full_like(ratio, min(contrast, 1))
     if contrast > 1:
         largest = _LARGEST_GAIN ** min(1 / (contrast - 1), 99)  # or it overflows
-        result = result * ratio.clamp(max=largest) ** (contrast - 1)
+        gain = ratio.clamp(max=largest) ** torch.full_like(ratio, contrast - 1)
+        result = result * gain
     return torch.where(zero, 0.0**contrast, result)
 
 
@@ -187,13 +191,11 @@ def karcher_coefficients(
         f(x) = arccos(x) / sqrt(1 - x^2).
 
     The denominator is the smallest eigenvalue of the Hessian. Where it is not positive,
-    the mean lies off the inputs' span, on either side of it alike. There is no unique
-    mean of vectors that cancel so far that a coefficient is larger than those of two
-    that are not antipodal, or than 400 in float64: its third power multiplies rounding,
-    which leaves half of the digits. Nor is there one that is not found in 24 steps, as
-    of two vectors within 3e-4 of opposite, the second with a weight below 0.03. Two
-    antipodal vectors that both have a weight count as having none, whatever the others
-    are.
+    the mean lies off the inputs' span, on either side of it alike. Vectors also count
+    as without a unique mean where two with a weight are antipodal, where they cancel so
+    far that a coefficient is larger than those of two that are not antipodal, or than
+    400 in float64 (its third power multiplies rounding, which leaves half of the
+    digits), and where 24 steps do not find it.
 
     Derivatives in reverse mode, of first order, are the mean's. Others raise.
 
@@ -271,9 +273,10 @@ def _log_maps(
             curvature = weights * slope
             along = (cosines * (curvature * x)).sum(1)
             hessian = curvature.unsqueeze(1) * cosines
-            # Along the mean, where nothing is to be solved, its eigenvalue is made 1,
-            # or of two nearly opposite vectors it would be lost among their large ones.
-            hessian.addcmul_(mean.unsqueeze(1), x - along)
+            # The step has no part along the mean, but a small eigenvalue there would be
+            # lost in rounding beside the large ones of nearly opposite vectors. More
+            # than 0.03 finds fewer means of vectors in one plane.
+            hessian.addcmul_(mean.unsqueeze(1), 0.03 * x - along)
             # Far from the mean the Hessian may not be positive: keep to descent.
             square = (total * (cosines * total).sum(1)).sum(0)
             least = torch.maximum(smallest, 0.1 * _sqrt(square.clamp(min=1e-30)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from itertools import product
-from math import prod
+from math import ceil, prod
 
 # Rows and columns at once, each with coefficients of their own that are multiplied.
 ROW_COLUMN = "row*column"
@@ -70,9 +70,8 @@ def matrix_count(shape: Sequence[int], granularity: str) -> int:
     """How many matrices `(batch, *weight_shape)` has, which vectors are compared to, or
     weights, where a vector is not of one matrix.
     """
-    batch, *weight = shape
     across = parse(granularity)[0] in ("tensor", FIRST_DIMENSION)
-    return batch if across else batch * prod(weight[:-2])
+    return vector_view(shape, "tensor" if across else "matrix")[0]
 
 
 def _blocks(size: int, block: int, kind: str) -> int:
@@ -88,10 +87,11 @@ def _blocks(size: int, block: int, kind: str) -> int:
 
 
 def pieces(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
-    """Cut a view into parts of at most `most` elements, in the order of memory."""
+    """Cut a view into equal parts of at most `most` elements, in memory's order."""
     cuts: list[list[slice]] = []
     for size in reversed(sizes):
-        step = max(1, min(size, most))
+        count = max(1, ceil(size / max(1, most)))
+        step = max(1, ceil(size / count))
         cuts.insert(0, [slice(i, min(i + step, size)) for i in range(0, size, step)])
         most //= step
     yield from product(*cuts)

@@ -12,7 +12,7 @@ the whole matrix (`row*column`, a contrast), all are worked out before the secon
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from math import isfinite
 from types import ModuleType
@@ -33,7 +33,9 @@ from mergekit_nuslerp.geometry import (
 from mergekit_nuslerp.granularity import ROW_COLUMN, matrix_count, pieces, vector_view
 from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 
-# Entries of Gram matrices that are worked on at once, for their memory.
+# What is merged at once: vectors, so few that PyTorch works on those of two models in
+# one thread, as `geometry` says, and entries of Gram matrices, for their memory.
+_VECTORS = 2**13 - 1
 _GRAM_ENTRIES = 2**17
 
 # What float32 is enough for: squared lengths from this one, and coefficients between
@@ -175,8 +177,8 @@ def merge_batch(
     shares = normalize_weights(weights)
     if not weights.sum(-1).isfinite().all():
         raise ValueError(f"weights and their sum must be finite: {weights.tolist()}")
-    beyond = len(tensors) == 2 and granularity != ROW_COLUMN and contrast == 1
-    if not beyond and (shares < 0).any():
+    may_extrapolate = len(tensors) == 2 and granularity != ROW_COLUMN and contrast == 1
+    if not may_extrapolate and (shares < 0).any():
         raise ValueError(
             f"weights of more than two models, and those with {ROW_COLUMN} or a "
             f"contrast, must not be negative: {weights.tolist()}"
@@ -190,31 +192,35 @@ def merge_batch(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
     given = [*tensors] if base is None else [*tensors, base]
-    # Of two, the first one's vectors are merged, with factors of their rows.
+    # Of two levels, the first is combined, and the second gives factors of its rows.
     kinds = ("column", "row") if granularity == ROW_COLUMN else (granularity,)
     levels = [_views(given, kind) for kind in kinds]
     views, batch = levels[0], max(1, len(shares))
     dtype = reduce(torch.promote_types, (view.dtype for view in views))
-    exact = is_recorded(views) or dtype.itemsize > 2
-    shares = shares.to(views[0].device, wide_dtype(views[0].device)).unsqueeze(1)
+    wide = wide_dtype(views[0].device)
+    exact = is_recorded(views) or dtype.itemsize > 2 or wide == torch.float32
+    shares = shares.to(views[0].device, wide).unsqueeze(1)
     result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
     linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
-    means = _Means(passes.choose(views), base is not None, shares, magnitude)
+    find = partial(mean_coefficients, magnitude=magnitude)
+    means = _Means(passes.choose(views), shares, find)
     counts = [len(level[0]) * level[0].shape[2] for level in levels]
     vectors, matrices = counts[0], matrix_count(given[0].shape, granularity)
-    compared = None
+    tables: list[torch.Tensor] = []
     if max(counts) > matrices and (contrast != 1 or len(levels) > 1):
         vectors = sum(counts) + matrices
         if not _is_empty(result):
-            compared = means.compare(levels, matrices, contrast, lambda_, exact)
-            linear = compared.linear
-    for group in means.groups(views):
-        if compared:
-            working, coefficients, rows = compared.of(group)
+            compare = partial(means.compare, levels, matrices, contrast, lambda_)
+            compared = compare(exact) or compare(True)
+            assert compared
+            working, tables, linear = compared
+    for group in _groups(views, len(tensors), batch):
+        if tables:
+            coefficients = tables[0][group.outer, group.inner]
         else:
             working, _, coefficients, unique = means.of(group, exact, lambda_)
             linear.index_add_(0, group.outputs, (~unique).sum(-1))
-            rows = None
+        rows = tables[1][group.outer] if tables[1:] else None
         out = result[group.outer, :, group.inner]
         if not means.chosen.combine(
             group.inputs, group.base, coefficients, out, working, rows
@@ -233,31 +239,12 @@ class _Group(NamedTuple):
     base: torch.Tensor | None
 
 
-class _Compared(NamedTuple):
-    """Coefficients of all vectors, compared to those of the matrices they are of."""
-
-    working: torch.dtype  # what to combine in
-    coefficients: torch.Tensor  # (outer, inner, N)
-    rows: torch.Tensor | None  # (outer, length, N), factors of them
-    linear: torch.Tensor  # (batch,), vectors and matrices without a unique mean
-
-    def of(
-        self, group: _Group
-    ) -> tuple[torch.dtype, torch.Tensor, torch.Tensor | None]:
-        rows = None if self.rows is None else self.rows[group.outer]
-        return self.working, self.coefficients[group.outer, group.inner], rows
-
-
 class _Means(NamedTuple):
-    """The first two steps."""
+    """From vectors to coefficients: the first two steps."""
 
     chosen: ModuleType  # the pass
-    has_base: bool
     shares: torch.Tensor  # (batch, 1, N)
-    magnitude: Magnitude
-
-    def groups(self, views: Sequence[torch.Tensor]) -> Iterator[_Group]:
-        return _groups(views, self.has_base, len(self.shares))
+    find: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # `mean_coefficients`
 
     def of(
         self, group: _Group, exact: bool, scale: float = 1.0
@@ -269,7 +256,7 @@ class _Means(NamedTuple):
         for working in (wide,) if exact else (torch.float32, wide):
             gram = self.chosen.gram(group.inputs, group.base, working)
             near = 0 if working == wide else _NEAR_ANTIPODAL
-            coefficients, unique = self.find(gram, shares, near)
+            coefficients, unique = self.find(gram, shares, antipodal_tolerance=near)
             coefficients = scale * coefficients
             squares = gram.diagonal(dim1=-2, dim2=-1)
             if working != wide and _is_precise(squares, coefficients, unique):
@@ -279,13 +266,6 @@ class _Means(NamedTuple):
             refuse_infinite(coefficients, group.outputs, "a coefficient")
         return working, gram, coefficients, unique
 
-    def find(
-        self, gram: torch.Tensor, shares: torch.Tensor, near: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return mean_coefficients(
-            gram, shares, magnitude=self.magnitude, antipodal_tolerance=near
-        )
-
     def compare(
         self,
         levels: Sequence[Sequence[torch.Tensor]],
@@ -293,56 +273,58 @@ class _Means(NamedTuple):
         contrast: float,
         scale: float,
         exact: bool,
-    ) -> _Compared:
+    ) -> tuple[torch.dtype, list[torch.Tensor], torch.Tensor] | None:
         """Compare vectors to the matrices that they are of.
 
-        The first level's coefficients are of its vectors, the second one's, if any, are
-        factors of their rows.
+        Returns what to combine in, coefficients `(outer, inner, N)` of the first level,
+        factors of their rows `(outer, length, N)` from the second one, if any, and how
+        many vectors and matrices of each weight have no unique mean, `(batch,)`. None
+        where that should be `exact`.
         """
         (batch, _, count), wide = self.shares.shape, self.shares.dtype
         shares = self.shares.repeat_interleave(matrices // batch, 0)
         linear = torch.zeros(batch, dtype=torch.int64, device=shares.device)
-        again = partial(self.compare, levels, matrices, contrast, scale, True)
         tables = []
         for views in levels:
             outer, _, inner, _ = views[0].shape
             tables.append(shares.new_empty(outer, inner, count))
             grams = shares.new_zeros(matrices, 1, count, count)  # sums of the vectors'
-            for group in self.groups(views):
-                working, gram, found, unique = self.of(group, exact)
-                given = self.shares[group.outputs]
-                if working == wide and not (exact or self.fits_float32(gram, given)):
-                    return again()
-                tables[-1][group.outer, group.inner] = found
+            for group in _groups(views, count, batch):
+                working, gram, coefficients, unique = self.of(group, exact)
+                own = self.shares[group.outputs]
+                if working == wide and not (exact or self.fits_float32(gram, own)):
+                    return None
+                tables[-1][group.outer, group.inner] = coefficients
                 owners = _owners(group.outer, outer // matrices, gram.device)
                 grams.index_add_(0, owners, gram.sum(1, keepdim=True))
                 linear.index_add_(0, group.outputs, (~unique).sum(-1))
-        weights = _owners(slice(0, matrices), matrices // batch, shares.device)
-        refuse_infinite(grams, weights, "a squared length")
-        if not exact and not self.fits_float32(grams, shares):
-            return again()
-        whole, unique = self.find(grams, shares, 0)
-        linear.index_add_(0, weights, (~unique).sum(-1))
+        outputs = _owners(slice(0, matrices), matrices // batch, shares.device)
+        refuse_infinite(grams, outputs, "a squared length")
+        if not (exact or self.fits_float32(grams, shares)):
+            return None
+        whole, unique = self.find(grams, shares)
+        linear.index_add_(0, outputs, (~unique).sum(-1))
         working = wide if exact else torch.float32
         units = scale * whole, torch.ones_like(whole)
-        # With the third power, factors of coefficients are between 1e-6 and 1e6.
+        # Factors of rows multiply coefficients: with the third power, both have room.
         for table, unit, power in zip(tables, units, (1, 3)):
             table = table.view(matrices, -1, count)
-            for (part,) in pieces(table.shape[1:2], _GRAM_ENTRIES // whole.numel()):
-                found = table[:, part].clone()  # autograd may keep it
-                factors = unit * profile(found, whole, contrast)
-                if not _is_precise(factors.new_ones(1), factors**power, unique):
+            for (part,) in pieces(table.shape[1:2], _VECTORS // matrices):
+                # A copy, as autograd keeps what it divides, and this is overwritten.
+                factors = unit * profile(table[:, part].clone(), whole, contrast)
+                if not _is_within(factors**power):
                     working = wide
-                refuse_infinite(factors, weights, "a coefficient")
+                refuse_infinite(factors, outputs, "a coefficient")
                 table[:, part] = factors
-        rows = tables[1].view(matrices, -1, count) if tables[1:] else None
-        return _Compared(working, tables[0], rows, linear)
+        tables[1:] = [table.view(matrices, -1, count) for table in tables[1:]]
+        return working, tables, linear
 
     def fits_float32(self, gram: torch.Tensor, shares: torch.Tensor) -> bool:
         """Whether float32 is enough to combine vectors, of which some may be zero."""
         squares = gram.diagonal(dim1=-2, dim2=-1)
         present = torch.where(squares == 0, 1, squares)
-        return _is_precise(present, *self.find(gram, shares, _NEAR_ANTIPODAL))
+        found = self.find(gram, shares, antipodal_tolerance=_NEAR_ANTIPODAL)
+        return _is_precise(present, *found)
 
 
 def gram_matrices(
@@ -367,7 +349,7 @@ def gram_matrices(
     chosen, wide = passes.choose(views), wide_dtype(views[0].device)
     shape = *views[0].shape[::2], len(tensors), len(tensors)
     grams = torch.zeros(shape, dtype=wide, device=views[0].device)
-    for group in _groups(views, base is not None, 1):
+    for group in _groups(views, len(tensors), 1):
         gram = chosen.gram(group.inputs, group.base, wide)
         grams[group.outer, group.inner] = gram
         _check(group, gram)
@@ -385,19 +367,17 @@ def _views(given: Sequence[torch.Tensor], granularity: str) -> list[torch.Tensor
     return [tensor.reshape(sizes) for tensor in given]
 
 
-def _groups(
-    views: Sequence[torch.Tensor], has_base: bool, batch: int
-) -> Iterator[_Group]:
+def _groups(views: Sequence[torch.Tensor], models: int, batch: int) -> Iterator[_Group]:
     if _is_empty(views[0]):
         return
     outer, _, inner, _ = views[0].shape
-    most = max(1, _GRAM_ENTRIES // (len(views) - has_base) ** 2)
+    most = max(1, min(_VECTORS, _GRAM_ENTRIES // models**2))
     if is_recorded(views):  # autograd would copy the whole gradient for each group
         most = outer * inner
     for rows, columns in pieces((outer, inner), most):
         outputs = _owners(rows, outer // batch, views[0].device)
         inputs = [view[rows, :, columns] for view in views]
-        base = inputs.pop() if has_base else None
+        base = inputs.pop() if len(inputs) > models else None
         yield _Group(rows, columns, outputs, inputs, base)
 
 
@@ -434,11 +414,16 @@ def _is_precise(
     squares: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
 ) -> bool:
     """Whether float32 is enough for vectors of these squared lengths."""
+    # Of lengths that are infinite, no coefficient is a number.
+    fine = (squares >= _SMALLEST_SQUARE).all() & unique.all()
+    return bool(fine) and _is_within(coefficients)
+
+
+def _is_within(coefficients: torch.Tensor) -> bool:
+    """Whether these and their products are normal numbers in float32, or zero."""
     sizes = coefficients.abs()
     within = (sizes >= _COEFFICIENTS[0]) & (sizes <= _COEFFICIENTS[1])
-    fine = (within | (coefficients == 0)).all() & unique.all()
-    # Of lengths that are infinite, no coefficient is a number.
-    return bool(fine & (squares >= _SMALLEST_SQUARE).all())
+    return bool((within | (sizes == 0)).all())
 
 
 def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
