@@ -191,11 +191,10 @@ def karcher_coefficients(
         f(x) = arccos(x) / sqrt(1 - x^2).
 
     The denominator is the smallest eigenvalue of the Hessian. Where it is not positive,
-    the mean lies off the inputs' span, on either side of it alike. Vectors also count
-    as without a unique mean where two with a weight are antipodal, where they cancel so
-    far that a coefficient is larger than those of two that are not antipodal, or than
-    400 in float64 (its third power multiplies rounding, which leaves half of the
-    digits), and where 24 steps do not find it.
+    the mean lies off the inputs' span, on either side of it alike. Nor is one unique
+    where two vectors with a weight are antipodal, where all cancel so far that a
+    coefficient is above 400 in float64 (its third power multiplies rounding), or above
+    those of two that are not antipodal, and where 24 steps do not find it.
 
     Derivatives in reverse mode, of first order, are the mean's. Others raise.
 
@@ -273,9 +272,8 @@ def _log_maps(
             curvature = weights * slope
             along = (cosines * (curvature * x)).sum(1)
             hessian = curvature.unsqueeze(1) * cosines
-            # The step has no part along the mean, but a small eigenvalue there would be
-            # lost in rounding beside the large ones of nearly opposite vectors. More
-            # than 0.03 finds fewer means of vectors in one plane.
+            # A small eigenvalue along the mean would be lost beside the large ones of
+            # nearly opposite vectors. Above 0.03, means of vectors in a plane are.
             hessian.addcmul_(mean.unsqueeze(1), 0.03 * x - along)
             # Far from the mean the Hessian may not be positive: keep to descent.
             square = (total * (cosines * total).sum(1)).sum(0)

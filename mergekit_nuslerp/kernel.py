@@ -312,7 +312,7 @@ class _Means(NamedTuple):
             for (part,) in pieces(table.shape[1:2], _VECTORS // matrices):
                 # A copy, as autograd keeps what it divides, and this is overwritten.
                 factors = unit * profile(table[:, part].clone(), whole, contrast)
-                if not _is_within(factors**power):
+                if not _is_precise(torch.ones_like(unique), factors**power, unique):
                     working = wide
                 refuse_infinite(factors, outputs, "a coefficient")
                 table[:, part] = factors
@@ -414,16 +414,10 @@ def _is_precise(
     squares: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
 ) -> bool:
     """Whether float32 is enough for vectors of these squared lengths."""
-    # Of lengths that are infinite, no coefficient is a number.
-    fine = (squares >= _SMALLEST_SQUARE).all() & unique.all()
-    return bool(fine) and _is_within(coefficients)
-
-
-def _is_within(coefficients: torch.Tensor) -> bool:
-    """Whether these and their products are normal numbers in float32, or zero."""
     sizes = coefficients.abs()
-    within = (sizes >= _COEFFICIENTS[0]) & (sizes <= _COEFFICIENTS[1])
-    return bool((within | (sizes == 0)).all())
+    within = (sizes >= _COEFFICIENTS[0]) & (sizes <= _COEFFICIENTS[1]) | (sizes == 0)
+    # Of lengths that are infinite, no coefficient is a number.
+    return bool(within.all() & unique.all() & (squares >= _SMALLEST_SQUARE).all())
 
 
 def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:

@@ -104,7 +104,7 @@ def _chunks(
 # take passes.portable: wide_dtype
 
 
-# take kernel: _is_precise, _is_within
+# take kernel: _is_precise
 
 
 # take geometry: normalize_weights, _mean as mean_coefficients, _slerp, _sqrt
