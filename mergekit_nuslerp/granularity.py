@@ -11,10 +11,10 @@ path, and a new granularity is one more line in `vector_view`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from itertools import product
-from math import ceil, prod
 
 # Rows and columns at once, each with coefficients of their own that are multiplied.
 ROW_COLUMN = "row*column"
@@ -54,13 +54,13 @@ def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, int, int, 
     kind, block = parse(granularity)
     batch, *weight = shape
     *leading, rows, columns = (1, 1, *weight)
-    matrices = batch * prod(leading)
+    matrices = batch * math.prod(leading)
     if kind == "tensor" or len(weight) < 2:
-        return batch, prod(leading) * rows, 1, columns
+        return batch, math.prod(leading) * rows, 1, columns
     if kind == "matrix":
         return matrices, rows, 1, columns
     if kind == FIRST_DIMENSION:
-        return batch, weight[0], prod(weight[1:]), 1
+        return batch, weight[0], math.prod(weight[1:]), 1
     if kind == "row":
         return matrices * _blocks(rows, block, "row"), block, 1, columns
     return matrices, rows, _blocks(columns, block, "column"), block
@@ -90,8 +90,8 @@ def pieces(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
     """Cut a view into equal parts of at most `most` elements, in memory's order."""
     cuts: list[list[slice]] = []
     for size in reversed(sizes):
-        count = max(1, ceil(size / max(1, most)))
-        step = max(1, ceil(size / count))
+        count = max(1, math.ceil(size / max(1, most)))
+        step = max(1, math.ceil(size / count))
         cuts.insert(0, [slice(i, min(i + step, size)) for i in range(0, size, step)])
         most //= step
     yield from product(*cuts)
