@@ -24,6 +24,7 @@ import torch
 from click.testing import CliRunner
 from mergekit import merge_methods
 from support import (
+    REPOSITORY,
     Finished,
     clean_environment,
     load_tensors,
@@ -265,8 +266,8 @@ def test_mergekit_yaml_ends_with_the_reason(checkpoints, tmp_path):
     assert not [*tmp_path.glob("out/*.safetensors")]
 
 
-# A merge that is right, one that is not, and whether what is wrapped is there.
-_SEAMS = """
+# A merge that is right, one that is not, and the test of what is wrapped.
+_SEAMS = f"""
 import sys
 from pathlib import Path
 from click.testing import CliRunner
@@ -280,10 +281,13 @@ config.write_text(config.read_text().replace("lambda: 0.5", "lambda: .nan"))
 done = CliRunner().invoke(main, [str(config), str(out)])
 assert done.exit_code
 print(done.output, done.exception)
-for module, owner, method in SEAMS.values():
-    found = getattr(__import__(module, fromlist=[owner]), owner, None)
-    if not hasattr(found, method):
-        print("missing:", owner, method)
+sys.path.append({str(REPOSITORY / "tests")!r})
+try:
+    from test_config import test_mergekit_has_what_is_wrapped as check
+    for seam in SEAMS.values():
+        check(*seam)
+except (AttributeError, ImportError) as error:
+    print(error)
 """
 
 
@@ -294,15 +298,17 @@ for module, owner, method in SEAMS.values():
 def test_without_a_seam_tensors_are_checked_in_their_turn(
     file, name, other, checkpoints, tmp_path
 ):
-    """The test of the seams, in test_config.py, fails then."""
+    """And the test of the seams, in test_config.py, fails then."""
     path = changed_mergekit(tmp_path, "0.1.6", {file: (name, other)})
     (tmp_path / "seams.py").write_text(_SEAMS, "utf-8")
     done = merge_by(path, checkpoints, tmp_path / "out", "seams")
     assert done.returncode == 0, done.stderr
     assert "parameter 'lambda'" in done.stdout, done.stdout
     assert ("at tensor " in done.stdout) == (name == "_plan(")
-    *_, missing = done.stdout.splitlines()
-    assert missing.startswith("missing:") and name.strip("(") in missing
+    *_, error = done.stdout.splitlines()
+    assert f"has no attribute '{name}'".replace("('", "'") in error or (
+        f"cannot import name '{name}'" in error
+    ), done.stdout
 
 
 def test_switched_off_mergekit_has_its_own_method():
