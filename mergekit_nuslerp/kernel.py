@@ -252,7 +252,8 @@ class _Means(NamedTuple):
         """What to compute a group in, its Gram matrices, coefficients, and which of
         its vectors have a unique mean.
         """
-        wide, shares = self.shares.dtype, self.shares[group.outputs]
+        # Not `[...]`, which starts threads for few entries; they spin for long after.
+        wide, shares = self.shares.dtype, self.shares.index_select(0, group.outputs)
         for working in (wide,) if exact else (torch.float32, wide):
             gram = self.chosen.gram(group.inputs, group.base, working)
             near = 0 if working == wide else _NEAR_ANTIPODAL
@@ -291,7 +292,7 @@ class _Means(NamedTuple):
             grams = shares.new_zeros(matrices, 1, count, count)  # sums of the vectors'
             for group in _groups(views, count, batch):
                 working, gram, coefficients, unique = self.of(group, exact)
-                own = self.shares[group.outputs]
+                own = self.shares.index_select(0, group.outputs)
                 if working == wide and not (exact or self.fits_float32(gram, own)):
                     return None
                 tables[-1][group.outer, group.inner] = coefficients

@@ -289,17 +289,18 @@ def test_quantised_checkpoints_are_refused(quantise, sign, altered, merged):
 
 @pytest.mark.parametrize("dtype", ["", "dtype: float32"])
 @pytest.mark.parametrize("is_same", [True, False])
-def test_integers_are_copied_or_refused(dtype, is_same, altered, merged):
+@pytest.mark.parametrize("counter", [torch.arange(4), torch.tensor(7)])
+def test_integers_are_copied_or_refused(counter, is_same, dtype, altered, merged):
     name = LOOSE
 
     def change(model, tensors, _settings):
-        tensors[name] = torch.arange(4) + (0 if is_same else len(model))
+        tensors[name] = counter + (0 if is_same else len(model))
 
     folder = altered(change)
     text = CONFIG.replace("dtype: bfloat16", dtype)
     if is_same:
         assert merged(text, folder)[0][name].equal(
-            torch.arange(4).to(torch.float32 if dtype else torch.int64)
+            counter.to(torch.float32 if dtype else torch.int64)
         )
     else:
         with pytest.raises(ValueError, match=LOOSE):

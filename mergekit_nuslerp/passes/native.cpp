@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <new>
+#include <numeric>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -31,7 +32,8 @@ using Index = std::int64_t;
 using Bits = std::uint32_t;
 
 constexpr Index TILE_BYTES = 1 << 15;  // of all models, in the working type
-constexpr Index WIDTH = 1024;          // most elements of a tile's row
+constexpr Index ALONG_BYTES = 1 << 11; // of a tile's row along memory, at most
+constexpr Index WIDTH = 1024;          // elements of a tile's row across it, at most
 constexpr Index ROWS = 16;             // of a tile across memory
 constexpr Index BLOCK = 1 << 16;       // elements of a block along memory
 constexpr Index PARTS = 64;            // blocks of a job across memory, at least
@@ -110,8 +112,8 @@ struct Job : Sizes {
       : Sizes(sizes), inputs(inputs), coefficients(c), result(result) {
     along = inner == 1 && !has_rows && (length == 1 || length_stride == width);
     rows = along || coefficients ? 1 : ROWS;
-    Index room = TILE_BYTES / (in_double ? 8 : 4) / (models + 1) / rows;
-    tile = std::clamp<Index>(room / 64 * 64, 64, WIDTH);
+    Index size = in_double ? 8 : 4, room = TILE_BYTES / size / (models + 1) / rows;
+    tile = std::clamp<Index>(room / 64 * 64, 64, along ? ALONG_BYTES / size : WIDTH);
     if (along) {
       last = length * width, length = ceil(last, tile), width = length_stride = tile;
       last -= (length - 1) * tile;
@@ -196,11 +198,8 @@ INLINE void gram(Job& job, const Block& block, double* sums) {
       Index vector = (block.part * job.outer + o) * job.inner + block.inner + v;
       double *to = job.grams + vector * N * N, *from = sums + v * each;
       for (Index i = 0; i < N; i++)
-        for (Index j = i; j < N; j++, from += columns) {
-          double s[4] = {};  // side by side, as each addition waits for the one before
-          for (Index n = 0; n < each; n++) s[n % 4] += from[n];
-          to[i * N + j] = to[j * N + i] = (s[0] + s[1]) + (s[2] + s[3]);
-        }
+        for (Index j = i; j < N; j++, from += columns)
+          to[i * N + j] = to[j * N + i] = std::accumulate(from, from + each, 0.0);
     }
   }
 }
