@@ -163,16 +163,16 @@ INLINE Index read(const Job& job, const Block& block, Index o, Index row, W* to)
   return count;
 }
 
-// Products of a tile's rows for each pair of models, added up by columns: four
-// registers of them along memory, and all of the tile's width across it.
+// Products of a tile's rows for each pair of models, added up by columns: one register
+// of them along memory, and all of the tile's width across it.
 template <class S, class W>
 INLINE void gram(Job& job, const Block& block, double* sums) {
   constexpr Index LANES = REGISTER / sizeof(W);
   typedef W Vector __attribute__((vector_size(REGISTER)));
   typedef double Wide __attribute__((vector_size(REGISTER / sizeof(W) * 8)));
-  Index N = job.models, columns = job.along ? 4 * LANES : job.tile;
+  Index N = job.models, columns = job.along ? LANES : job.tile;
   Index each = job.along ? columns : block.width, size = job.rows * job.tile;
-  Index pairs = N * (N + 1) / 2, strips = columns / LANES;
+  Index pairs = N * (N + 1) / 2, strips = job.along ? 4 : columns / LANES;
   W* tile = reinterpret_cast<W*>(sums + pairs * columns);
   for (Index o = block.outer; o < block.outer_stop; o++) {
     std::fill_n(sums, pairs * columns, 0.0);
@@ -180,17 +180,18 @@ INLINE void gram(Job& job, const Block& block, double* sums) {
       Index rows = std::min(job.rows, block.stop - r), count = 0;
       for (Index n = 0; n < rows; n++)
         count = read<S>(job, block, o, r + n, tile + n * job.tile);
-      if (job.along) rows = ceil(count, columns), count = columns;
+      if (job.along) rows = ceil(count, 4 * LANES), count = LANES;
       Wide* sum = reinterpret_cast<Wide*>(sums);
       for (Index i = 0; i < N; i++)
-        for (Index j = i; j < N; j++, sum += strips)
+        for (Index j = i; j < N; j++, sum += columns / LANES)
           for (Index c = 0; c * LANES < count; c += 4) {
             const Vector* a = reinterpret_cast<const Vector*>(tile + i * size) + c;
             const Vector* b = reinterpret_cast<const Vector*>(tile + j * size) + c;
             Vector s[4] = {};
             for (Index n = 0; n < rows * strips; n += strips)
               for (Index l = 0; l < 4; l++) s[l] += a[n + l] * b[n + l];
-            for (Index l = 0; l < 4; l++)
+            if (job.along) s[0] = (s[0] + s[1]) + (s[2] + s[3]);
+            for (Index l = 0; l < (job.along ? 1 : 4); l++)
               sum[c + l] += __builtin_convertvector(s[l], Wide);
           }
     }
