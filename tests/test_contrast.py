@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from itertools import permutations
 
 import pytest
@@ -356,3 +357,25 @@ def test_errors_name_the_weight_and_not_the_expert(shape):
     with pytest.raises(RangeError) as ranged:
         merge_batch(tensors, weights, **options)
     assert ranged.value.args[0] == 1
+
+
+@pytest.mark.parametrize("seed", [24, 134, 304, 336])
+def test_three_models_whose_matrix_all_but_cancels(seed):
+    """More than its rows do. Sums of float32 products would show in float16 then."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int, of: Callable[..., torch.Tensor] = torch.randn) -> torch.Tensor:
+        return of(*size, generator=generator, dtype=torch.float64)
+
+    pair = [draw(4, 24) * 10 ** (draw(4, 1, of=torch.rand) - 0.5) for _ in range(2)]
+    third = -sum(pair) + 0.01 * draw(4, 24)
+    tensors = [(tensor / 256).half() for tensor in (*pair, third)]
+    options = {"granularity": "row", "contrast": 2.0}
+    result = nuslerp(tensors, [1, 1, 1], **options)
+    assert result.equal(oracle(tensors, [1, 1, 1], **options).half())
+
+
+def test_rows_whose_squares_are_finite_and_the_matrix_s_is_not():
+    tensors = [torch.full((2, 1), 1e154, dtype=torch.float64) for _ in range(2)]
+    with pytest.raises(RangeError, match="a squared length is too large"):
+        nuslerp(tensors, [1, 1], granularity="row", contrast=2.0)
