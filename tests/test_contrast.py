@@ -375,6 +375,18 @@ def test_three_models_whose_matrix_all_but_cancels(seed):
     assert result.equal(oracle(tensors, [1, 1, 1], **options).half())
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_row_that_is_nearly_opposite_is_merged_in_float64(seed):
+    """Its large coefficients would multiply float32's rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(2, 2, 2000, generator=generator, dtype=torch.float64)
+    second[0] = 0.01 * second[0] - first[0]
+    tensors = [(tensor / 64).half() for tensor in (first, second)]
+    options = {"granularity": "row", "contrast": 2.0}
+    result = nuslerp(tensors, [1, 1], **options)
+    assert result.equal(oracle(tensors, [1, 1], **options).half())
+
+
 def test_rows_whose_squares_are_finite_and_the_matrix_s_is_not():
     tensors = [torch.full((2, 1), 1e154, dtype=torch.float64) for _ in range(2)]
     with pytest.raises(RangeError, match="a squared length is too large"):
