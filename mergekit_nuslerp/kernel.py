@@ -252,12 +252,11 @@ class _Means(NamedTuple):
         """What to compute a group in, its Gram matrices, coefficients, and which of
         its vectors have a unique mean.
         """
-        # Not `[...]`, which starts threads for few entries; they spin for long after.
-        wide, shares = self.shares.dtype, self.shares.index_select(0, group.outputs)
+        wide = self.shares.dtype
         for working in (wide,) if exact else (torch.float32, wide):
             gram = self.chosen.gram(group.inputs, group.base, working)
             near = 0 if working == wide else _NEAR_ANTIPODAL
-            coefficients, unique = self.find(gram, shares, antipodal_tolerance=near)
+            coefficients, unique = self.mean(gram, group.outputs, near)
             coefficients = scale * coefficients
             squares = gram.diagonal(dim1=-2, dim2=-1)
             if working != wide and _is_precise(squares, coefficients, unique):
@@ -283,27 +282,26 @@ class _Means(NamedTuple):
         where that should be `exact`.
         """
         (batch, _, count), wide = self.shares.shape, self.shares.dtype
-        shares = self.shares.repeat_interleave(matrices // batch, 0)
-        linear = torch.zeros(batch, dtype=torch.int64, device=shares.device)
+        outputs = _owners(slice(0, matrices), matrices // batch, self.shares.device)
+        linear = torch.zeros(batch, dtype=torch.int64, device=outputs.device)
         tables = []
         for views in levels:
             outer, _, inner, _ = views[0].shape
-            tables.append(shares.new_empty(outer, inner, count))
-            grams = shares.new_zeros(matrices, 1, count, count)  # sums of the vectors'
+            tables.append(self.shares.new_empty(outer, inner, count))
+            grams = self.shares.new_zeros(matrices, 1, count, count)  # vectors' sums
             for group in _groups(views, count, batch):
                 working, gram, coefficients, unique = self.of(group, exact)
-                own = self.shares.index_select(0, group.outputs)
-                if working == wide and not (exact or self.fits_float32(gram, own)):
+                retried = working == wide and not exact
+                if retried and not self.fits_float32(gram, group.outputs):
                     return None
                 tables[-1][group.outer, group.inner] = coefficients
                 owners = _owners(group.outer, outer // matrices, gram.device)
                 grams.index_add_(0, owners, gram.sum(1, keepdim=True))
                 linear.index_add_(0, group.outputs, (~unique).sum(-1))
-        outputs = _owners(slice(0, matrices), matrices // batch, shares.device)
         refuse_infinite(grams, outputs, "a squared length")
-        if not (exact or self.fits_float32(grams, shares)):
+        if not (exact or self.fits_float32(grams, outputs)):
             return None
-        whole, unique = self.find(grams, shares)
+        whole, unique = self.mean(grams, outputs)
         linear.index_add_(0, outputs, (~unique).sum(-1))
         working = wide if exact else torch.float32
         units = scale * whole, torch.ones_like(whole)
@@ -320,12 +318,19 @@ class _Means(NamedTuple):
         tables[1:] = [table.view(matrices, -1, count) for table in tables[1:]]
         return working, tables, linear
 
-    def fits_float32(self, gram: torch.Tensor, shares: torch.Tensor) -> bool:
+    def mean(
+        self, gram: torch.Tensor, outputs: torch.Tensor, tolerance: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Coefficients, and whether there is a unique mean, for vectors of outputs."""
+        # Not `[...]`, which starts threads for few entries; they spin for long after.
+        shares = self.shares.index_select(0, outputs)
+        return self.find(gram, shares, antipodal_tolerance=tolerance)
+
+    def fits_float32(self, gram: torch.Tensor, outputs: torch.Tensor) -> bool:
         """Whether float32 is enough to combine vectors, of which some may be zero."""
         squares = gram.diagonal(dim1=-2, dim2=-1)
         present = torch.where(squares == 0, 1, squares)
-        found = self.find(gram, shares, antipodal_tolerance=_NEAR_ANTIPODAL)
-        return _is_precise(present, *found)
+        return _is_precise(present, *self.mean(gram, outputs, _NEAR_ANTIPODAL))
 
 
 def gram_matrices(
