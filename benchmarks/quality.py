@@ -24,7 +24,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.cases import machine
-from benchmarks.finetune import train
 from benchmarks.models import (
     KINDS,
     NEITHER,
@@ -37,6 +36,7 @@ from benchmarks.models import (
     put,
     read_text,
     state_of,
+    train,
     usable,
     vectors,
 )

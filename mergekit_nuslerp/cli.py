@@ -159,6 +159,9 @@ class _Inspect(click.Command):
 _FILE = click.Path(path_type=Path)
 _STDOUT = Path("-")
 
+# Columns of a terminal that tables fit, whatever it says that it has.
+_NARROWEST = 20
+
 
 @main.command(cls=_Inspect)
 @click.argument("paths", metavar="CONFIG...", nargs=-1, required=True, type=_FILE)
@@ -220,11 +223,11 @@ def inspect(
 
             texts[html] = page(inspections)
         if records is not None:
-            found = [
+            entries = [
                 each.model_dump(mode="json", by_alias=True) for each in inspections
             ]
             texts[records] = (
-                json.dumps(found if found[1:] else found[0], indent=2) + "\n"
+                json.dumps(entries if entries[1:] else entries[0], indent=2) + "\n"
             )
         if csv is not None:
             from mergekit_nuslerp.inspect.figures import table
@@ -232,18 +235,23 @@ def inspect(
             texts[csv] = table(inspections)
         printed = texts.pop(_STDOUT, None)
         write_together(texts)
+        if printed is not None:
+            click.echo(printed, nl=False)
+        else:
+            from rich.console import Console
+
+            from mergekit_nuslerp.inspect.terminal import show
+
+            console = Console()
+            console.width = max(console.width, _NARROWEST)
+            show(inspections, console, full=full)
+        for path in texts:
+            click.echo(f"wrote {path}", err=printed is not None)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # which click ends without a word
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise _Refused(shortened(str(error))) from error
-    if printed is not None:
-        click.echo(printed, nl=False)
-    else:
-        from rich.console import Console
-
-        from mergekit_nuslerp.inspect.terminal import show
-
-        show(inspections, Console(), full=full)
-    for path in texts:
-        click.echo(f"wrote {path}", err=printed is not None)
     if strict and any(inspection.warnings for inspection in inspections):
         sys.exit(1)
 
@@ -309,9 +317,9 @@ def _inspected(name: str, content: Any, options: Mapping[str, Any]) -> Inspectio
 
         with blaming_input():
             config = MergeConfiguration.model_validate(content)
-        found = inspect(config, MergeOptions(**options), progress=progress)
-    found.config, found.method = name, found.method if name else ""
-    return found
+        result = inspect(config, MergeOptions(**options), progress=progress)
+    result.config, result.method = name, result.method if name else ""
+    return result
 
 
 @contextmanager
@@ -347,8 +355,10 @@ def check_writable(paths: Sequence[Path], configs: Sequence[Path]) -> None:
     Raises:
         ValueError: one that cannot, or one that is named twice or is a config.
     """
-    resolved = {path.resolve() for path in paths}
-    if len(resolved) < len(paths) or resolved & {path.resolve() for path in configs}:
+    real_paths = {path.resolve() for path in paths}
+    if len(real_paths) < len(paths) or real_paths & {
+        path.resolve() for path in configs
+    }:
         raise ValueError("each output needs a file of its own, other than the config")
     for path in paths:
         if path == _STDOUT:
@@ -386,7 +396,3 @@ def _beside(path: Path) -> Iterator[Path]:
     path = path.resolve()
     with TemporaryDirectory(dir=path.parent, prefix=".mergekit-nuslerp-") as folder:
         yield Path(folder, path.name)
-
-
-if __name__ == "__main__":
-    main()

@@ -96,11 +96,11 @@ def write_models(root: Path, **sizes: Any) -> list[Path]:
     Args:
         sizes: as `write_checkpoints` takes them, in place of the demo's.
     """
-    given = {"base": BASE, **(sizes or _SIZES)}
-    folders = write_checkpoints(root, fine_tunes=FINE_TUNES, **given)
+    options = {"base": BASE, **(sizes or _SIZES)}
+    folders = write_checkpoints(root, fine_tunes=FINE_TUNES, **options)
     with TemporaryDirectory(dir=root) as aside:
         *_, third = write_checkpoints(
-            Path(aside), fine_tunes=[_THIRD], change=_FURTHER, **given
+            Path(aside), fine_tunes=[_THIRD], change=_FURTHER, **options
         )
         return [*folders, third.rename(root / _THIRD)]
 
@@ -192,9 +192,9 @@ def _merge(config: Path, merged: Path) -> None:
 def _mergekit_yaml() -> list[str]:
     """The command `mergekit-yaml` of the environment that this runs in."""
     folders = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
-    found = shutil.which("mergekit-yaml", path=os.pathsep.join(folders))
-    if found:
-        return [found]
+    command = shutil.which("mergekit-yaml", path=os.pathsep.join(folders))
+    if command:
+        return [command]
     return [sys.executable, "-m", "mergekit.scripts.run_yaml"]
 
 
@@ -211,10 +211,10 @@ def _agreement(root: Path) -> tuple[float, int]:
     if merged.keys() != base.keys():
         raise _Failure("the merged checkpoint has other tensors than its base")
     equal = total = 0
-    for name, found in merged.items():
+    for name, tensor in merged.items():
         expected = _formula(base[name], first[name], second[name], _SECOND_WEIGHT)
-        equal += int((found == expected.to(found.dtype)).sum())
-        total += found.numel()
+        equal += int((tensor == expected.to(tensor.dtype)).sum())
+        total += tensor.numel()
     return equal / total, len(merged)
 
 

@@ -40,6 +40,11 @@ _MOST_ENTRIES = 2**15 - 1
 MOST_CONTRAST = 100
 _LARGEST_GAIN = 2.0
 
+# How many times as long as a mean what adds up to it may be, where other coefficients
+# multiply it. Of nearly opposite vectors it grows without bound, and would no longer
+# cancel then.
+_MOST_CANCELLED = 4.0
+
 # Newton steps to a Karcher mean: some five, and a dozen where vectors nearly cancel.
 _MAX_STEPS = 24
 
@@ -63,6 +68,7 @@ def mean_coefficients(
     *,
     magnitude: Magnitude = "slerp",
     antipodal_tolerance: float = 0.0,
+    bounded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Coefficients of N vectors v_i in their weighted spherical mean.
 
@@ -80,6 +86,8 @@ def mean_coefficients(
             `"geometric"` the product of |v_i|^w_i.
         antipodal_tolerance: vectors with `1 + cos(theta)` up to this are antipodal, as
             they are up to the rounding of `gram`'s dtype.
+        bounded: where the c_i v_i nearly cancel, so that their lengths sum to more than
+            4 times that of the mean, scale all c_i down until they do not.
 
     Returns:
         `(..., N)` coefficients of the v_i, in the dtype of `gram`, with finite
@@ -93,12 +101,13 @@ def mean_coefficients(
     matrices = gram.reshape(-1, count, count)
     shares = weights.expand(shape).reshape(-1, count)
     most = max(1, _MOST_ENTRIES // (count * (count + 1)))
-    means = [
+    means = []
+    for part, own in zip(matrices.split(most), shares.split(most)):
         # Models first, so that sums over them run along memory.
-        _mean(part.permute(1, 2, 0).contiguous(), own.T.contiguous(), magnitude, bound)
-        for part, own in zip(matrices.split(most), shares.split(most))
-    ]
-    coefficients, unique = (torch.cat(found, -1) for found in zip(*means))
+        part = part.permute(1, 2, 0).contiguous()
+        mean, unique = _mean(part, own.T.contiguous(), magnitude, bound)
+        means.append((_bounded(mean, unique, part) if bounded else mean, unique))
+    coefficients, unique = (torch.cat(parts, -1) for parts in zip(*means))
     return coefficients.T.reshape(shape), unique.reshape(shape[:-1])
 
 
@@ -108,7 +117,7 @@ def profile(
     """What coefficients c are over those of the whole, s: (c / s)^contrast.
 
     Above a contrast of 1, what it multiplies c / s by, (c / s)^(contrast - 1), is at
-    most 2. Where s is 0, the profile is as where c is.
+    most 2. Where s is 0, the result is what c = 0 gives: 0, or 1 at a contrast of 0.
 
     Args:
         coefficients: `(..., vectors, N)`, none negative.
@@ -148,8 +157,8 @@ def _mean(
     directions, unique = mean(cosines, weights, bound)
     if magnitude != "slerp":
         # Without the share of zero vectors, a mean is shorter than a unit vector.
-        kept = torch.where(zero, 0, directions)
-        square = (kept.unsqueeze(1) * cosines * kept).sum((0, 1))
+        nonzero = torch.where(zero, 0, directions)
+        square = (nonzero.unsqueeze(1) * cosines * nonzero).sum((0, 1))
         shorter = zero.any(0) & (square > 0)
         if magnitude == "linear":
             # A negative weight may make the sum negative, and so turn the mean round.
@@ -157,10 +166,24 @@ def _mean(
         else:
             vanishes = (zero & (weights != 0)).any(0)
             scale = torch.where(vanishes, 0, (lengths**weights).prod(0))
-        directions = kept * scale / lengths / _sqrt(torch.where(shorter, square, 1))
+        directions = nonzero * scale / lengths / _sqrt(torch.where(shorter, square, 1))
     # NaN and infinity in an input make all coefficients NaN, not the merge linear.
     linear = weights + 0 * cosines.detach().sum((0, 1))
     return torch.where(unique, directions, linear), unique
+
+
+def _bounded(
+    coefficients: torch.Tensor, unique: torch.Tensor, gram: torch.Tensor
+) -> torch.Tensor:
+    """Coefficients of unique means, scaled down where the vectors nearly cancel."""
+    squares = gram.diagonal().movedim(-1, 0)
+    present = squares > 0
+    lengths = torch.where(present, _sqrt(torch.where(present, squares, 1)), 0)
+    total = (coefficients * lengths).sum(0)
+    nonzero = unique & (total > 0)
+    parts = coefficients / torch.where(nonzero, total / _MOST_CANCELLED, 1)
+    share = (parts.unsqueeze(1) * gram * parts).sum((0, 1))
+    return coefficients * _sqrt(torch.where(nonzero, share, 1).clamp(1e-30, 1))
 
 
 def _slerp(
@@ -193,10 +216,11 @@ def karcher_coefficients(
     The denominator is the smallest eigenvalue of the Hessian. Where it is not positive,
     the mean lies off the inputs' span, on either side of it alike. Nor is one unique
     where two vectors with a weight are antipodal, where all cancel so far that a
-    coefficient is above 400 in float64 (its third power multiplies rounding), or above
-    those of two that are not antipodal, and where 24 steps do not find it.
+    coefficient is above 400 in float64 (its third power multiplies rounding) or above
+    the largest of two that are not antipodal, and where 24 steps do not find it.
 
-    Derivatives in reverse mode, of first order, are the mean's. Others raise.
+    Derivatives of first order in reverse mode are the mean's. Others raise
+    NotImplementedError.
 
     Args:
         cosines: `(N, N, ...)`, models first.
@@ -245,12 +269,15 @@ def karcher_coefficients(
 def _log_maps(
     point: torch.Tensor, cosines: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]:
-    """The mean if the point is it, log maps' sum, Hessian's least eigenvalue, a step.
+    """What there is to know at a point m, to find the mean and to see that it is found.
 
-    The log map of u_i at the point m is theta_i / sin(theta_i) (u_i - cos(theta_i) m),
-    with theta_i its angle to m; they are summed with the weights. Points and sums are
-    coefficients `(N, ...)` of the u_i, and the eigenvalue is `(...)`. The step, made
-    when called, is Newton's, and returns the next point.
+    The log map of u_i at m is theta_i / sin(theta_i) (u_i - cos(theta_i) m), with
+    theta_i (radians) its angle to m. Points are coefficients `(N, ...)` of the u_i.
+
+    Returns:
+        The mean's coefficients, if m is the mean; the weighted sum of the log maps,
+        `(N, ...)`, zero at the mean; the Hessian's least eigenvalue, `(...)`; and a
+        function that makes Newton's step and returns the next point.
     """
     x = (cosines * point).sum(1)
     length = _sqrt((point * x).sum(0))

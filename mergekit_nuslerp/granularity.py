@@ -19,10 +19,10 @@ from itertools import product
 # Rows and columns at once, each with coefficients of their own that are multiplied.
 ROW_COLUMN = "row*column"
 
-# What users may write, with N the rows or columns in a block.
+# What configs and `nuslerp` take, with N the rows or columns in a block.
 NAMES = ("tensor", "matrix", "row", "column", "row:N", "column:N", ROW_COLUMN)
 
-# mergekit's `nuslerp_row_wise: true`, for tensors of more than two dimensions too.
+# mergekit's `nuslerp_row_wise: true`, also of more than two dimensions; by flags only.
 FIRST_DIMENSION = "dim0"
 
 # In configs: for each weight one of the above, as `heads` resolves it.
@@ -31,9 +31,9 @@ HEAD = "head"
 
 def parse(granularity: str) -> tuple[str, int]:
     """Split a granularity, or raise ValueError, into its kind and the block's size."""
-    found = re.fullmatch(r"(row|column):([1-9]\d*)", granularity)
-    if found:
-        return found[1], int(found[2])
+    match = re.fullmatch(r"(row|column):([1-9]\d*)", granularity)
+    if match:
+        return match[1], int(match[2])
     if ":" in granularity or granularity not in (*NAMES, FIRST_DIMENSION):
         raise ValueError(
             f"granularity must be one of {', '.join(NAMES)}, not {granularity!r}"
@@ -67,8 +67,8 @@ def vector_view(shape: Sequence[int], granularity: str) -> tuple[int, int, int, 
 
 
 def matrix_count(shape: Sequence[int], granularity: str) -> int:
-    """How many matrices `(batch, *weight_shape)` has, which vectors are compared to, or
-    weights, where a vector is not of one matrix.
+    """How many matrices of `(batch, *weight_shape)` vectors are compared to: of
+    `"tensor"` and `"dim0"`, whose vectors run across matrices, the number of weights.
     """
     across = parse(granularity)[0] in ("tensor", FIRST_DIMENSION)
     return vector_view(shape, "tensor" if across else "matrix")[0]

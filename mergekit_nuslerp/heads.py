@@ -54,7 +54,7 @@ _OF_TYPE: dict[str, tuple[_Part, ...]] = {
     ),
 }
 
-_SENSES = frozenset(("vision_config", "audio_config"))
+_OTHER_MODALITIES = frozenset(("vision_config", "audio_config"))
 
 # One vector, where the shape is not known while mergekit plans.
 _VECTORS = re.compile(r"\.bias$|(norm|ln_\w+)\.weight$")
@@ -64,11 +64,11 @@ class _Attention(NamedTuple):
     """What a model's config.json says of its attention."""
 
     heads: int
-    shared: int  # heads of k and v
-    size: int
+    key_value_heads: int
+    size: int  # of a head
 
 
-def resolved(
+def granularity_of(
     tensor: str,
     configs: Mapping[Hashable, Mapping[str, Any]],
     shape: Sequence[int] | None,
@@ -82,23 +82,23 @@ def resolved(
     Raises:
         ConfigError: it cannot be told, or not for all models alike.
     """
-    found: dict[str, Hashable] = {}
+    models: dict[str, Hashable] = {}
     for model, config in configs.items():
         try:
-            found.setdefault(_granularity(tensor, config, shape), model)
+            models.setdefault(_granularity(tensor, config, shape), model)
         except ValueError as error:
             raise _refused(tensor, f"of model {model}: {error}", configs) from None
-    if len(found) > 1:
-        reason = ", but ".join(f"{kind} in {model}" for kind, model in found.items())
+    if len(models) > 1:
+        reason = ", but ".join(f"{kind} in {model}" for kind, model in models.items())
         raise _refused(tensor, f"in all models alike: it is {reason}", configs)
-    (granularity,) = found
+    (granularity,) = models
     return granularity
 
 
 def head_size(configs: Mapping[Hashable, Mapping[str, Any]]) -> int | None:
     """The size of a head, if all models have one and the same."""
-    found = {each.size for config in configs.values() for each in _attentions(config)}
-    return found.pop() if len(found) == 1 else None
+    sizes = {each.size for config in configs.values() for each in _attentions(config)}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _granularity(
@@ -108,10 +108,10 @@ def _granularity(
     if is_vector:
         return "tensor"
     known = (*_LINEAR, *_OF_TYPE.get(str(config.get("model_type")), ()))
-    found = [part for part in known if re.search(rf"(^|\.)({part[0]})$", tensor)]
-    if not found:
+    entries = [part for part in known if re.search(rf"(^|\.)({part[0]})$", tensor)]
+    if not entries:
         raise ValueError("its name is none of those that `head` knows")
-    ((_, kind, query, key),) = found
+    ((_, kind, query, key),) = entries
     if not (query or key):
         if "attn" in tensor or "attention" in tensor:
             raise ValueError("its name is one of an MLP, but it is in attention")
@@ -119,11 +119,11 @@ def _granularity(
     attentions = _attentions(config)
     if not attentions:
         raise ValueError("no config.json says how many heads it has, and of what size")
-    # The part of a module that sees may leave its heads to a default.
-    if len(attentions) > 1 or not _SENSES.isdisjoint(config):
+    # A vision or audio config may leave its number of heads to a default.
+    if len(attentions) > 1 or not _OTHER_MODALITIES.isdisjoint(config):
         raise ValueError("its config.json has heads of several kinds")
     (each,) = attentions
-    count = query * each.heads + key * each.shared
+    count = query * each.heads + key * each.key_value_heads
     size = None if shape is None else shape[-2 if kind == "row" else -1]
     if size not in (None, count * each.size):
         raise ValueError(
@@ -136,9 +136,9 @@ def _granularity(
 def _attentions(config: Mapping[str, Any]) -> set[_Attention]:
     """The kinds of attention that a config has, also in its parts.
 
-    Models that see or hear have a part for each of their modules.
+    Multimodal models have a part for each modality.
     """
-    found = set()
+    kinds = set()
     for part in (config, *config.values()):
         if not isinstance(part, Mapping):
             continue
@@ -147,9 +147,9 @@ def _attentions(config: Mapping[str, Any]) -> set[_Attention]:
         divides = heads and width % heads == 0
         size = _count(part.get("head_dim")) or (width // heads if divides else 0)
         if heads and size:
-            shared = _count(part.get("num_key_value_heads")) or heads
-            found.add(_Attention(heads, shared, size))
-    return found
+            key_value_heads = _count(part.get("num_key_value_heads")) or heads
+            kinds.add(_Attention(heads, key_value_heads, size))
+    return kinds
 
 
 def _count(value: Any) -> int:

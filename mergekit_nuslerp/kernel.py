@@ -41,27 +41,29 @@ _GRAM_ENTRIES = 2**17
 # What float32 is enough for: squared lengths from this one, and coefficients between
 # these, whose products are neither subnormal nor infinite, and vectors that are five
 # degrees or more from opposite, as the inner products of nearer ones feel its rounding.
-_SMALLEST_SQUARE = 1e-24
-_COEFFICIENTS = 1e-18, 1e18
+_LEAST_SQUARE_FLOAT32 = 1e-24
+_COEFFICIENT_RANGE = 1e-18, 1e18
 _NEAR_ANTIPODAL = 4e-3
 # The least squared length in float64 whose terms are not subnormal.
-_SHORTEST = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps ** 2
+_LEAST_SQUARE_FLOAT64 = (
+    torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps ** 2
+)
 
 
 class NonFiniteError(ValueError):
-    """Weight `args[0]` of model `args[1]`, or of the base if None, is not finite."""
+    """Weight `args[0]` of a batch is not finite in model `args[1]`, or the base."""
 
     def __str__(self) -> str:
-        output, model = self.args
+        output, model = self.args  # of the base: None
         who = "the base" if model is None else f"model {model}"
-        return f"weight {output} of {who} contains NaN or infinity"
+        return f"{who} contains NaN or infinity, in weight {output} of the batch"
 
 
 class RangeError(OverflowError):
-    """Weight `args[0]` leaves the range of a dtype, as `args[1]` says."""
+    """Weight `args[0]` of a batch leaves a dtype's range, as `args[1]` says."""
 
     def __str__(self) -> str:
-        return "weight {}: {}".format(*self.args)
+        return "{1}, in weight {0} of the batch".format(*self.args)
 
 
 class Merged(NamedTuple):
@@ -100,7 +102,8 @@ def nuslerp(
             `"column"` W[:, j] of a matrix, `"row:N"` or `"column:N"` for N neighbours
             of them, or each run along the first dimension, `"dim0"`. A tensor of fewer
             than two dimensions is one vector. `"row*column"` multiplies an element's
-            two coefficients, of its row and of its column, and divides by the matrix's.
+            two coefficients, of its row and of its column, and divides by the matrix's;
+            those of nearly opposite vectors are bounded, as in `mean_coefficients`.
         magnitude: length of the result. `"slerp"` applies the coefficients of the
             interpolated unit vectors to the vectors themselves, as mergekit does;
             `"linear"` and `"geometric"` take the weighted mean of the lengths, which is
@@ -122,6 +125,7 @@ def nuslerp(
         TypeError: integer, boolean or complex tensors.
         RangeError: an OverflowError; the result leaves the range of its dtype, or
             squared lengths of float64 vectors leave that of float64.
+        MemoryError: there is no memory for the result or for sums.
         NotImplementedError: a derivative in forward mode, or one of second order of
             more than two tensors.
 
@@ -129,14 +133,10 @@ def nuslerp(
         RuntimeWarning: weights that sum to zero, or vectors without a unique mean
             (opposite ones, or ones that cancel), which are merged linearly.
     """
-    given = [*tensors] if base is None else [*tensors, base]
     if len(tensors) < 2:
         raise ValueError(f"NuSLERP merges two models or more, not {len(tensors)}")
     if len(weights) != len(tensors):
         raise ValueError(f"{len(tensors)} tensors need as many weights: {weights}")
-    kinds = [(tuple(tensor.shape), str(tensor.device)) for tensor in given]
-    if len(set(kinds)) > 1:
-        raise ValueError(f"tensors differ in shape or device: {kinds}")
     warn = partial(warnings.warn, category=RuntimeWarning, stacklevel=2)
     if sums_to_zero(weights):
         warn("NuSLERP weights sum to zero; the models are weighted equally instead")
@@ -149,7 +149,7 @@ def nuslerp(
         contrast=contrast,
         lambda_=lambda_,
     )
-    if given[0].device.type != "meta" and merged.linear.any():
+    if tensors[0].device.type != "meta" and merged.linear.any():
         warn(
             f"{int(merged.linear)} of {merged.vectors} vectors have no unique "
             "spherical mean; they are merged linearly instead"
@@ -191,39 +191,39 @@ def merge_batch(
         raise ValueError(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
-    given = [*tensors] if base is None else [*tensors, base]
+    operands = [*tensors] if base is None else [*tensors, base]
     # Of two levels, the first is combined, and the second gives factors of its rows.
     kinds = ("column", "row") if granularity == ROW_COLUMN else (granularity,)
-    levels = [_views(given, kind) for kind in kinds]
+    levels = [_views(operands, kind) for kind in kinds]
     views, batch = levels[0], max(1, len(shares))
     dtype = reduce(torch.promote_types, (view.dtype for view in views))
     wide = wide_dtype(views[0].device)
-    exact = is_recorded(views) or dtype.itemsize > 2 or wide == torch.float32
+    in_widest = is_recorded(views) or dtype.itemsize > 2 or wide == torch.float32
     shares = shares.to(views[0].device, wide).unsqueeze(1)
     result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
     linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
-    find = partial(mean_coefficients, magnitude=magnitude)
-    means = _Means(passes.choose(views), shares, find)
+    solve = partial(mean_coefficients, magnitude=magnitude)
+    means = _Means(passes.choose(views), shares, solve)
     counts = [len(level[0]) * level[0].shape[2] for level in levels]
-    vectors, matrices = counts[0], matrix_count(given[0].shape, granularity)
+    vectors, matrices = counts[0], matrix_count(tensors[0].shape, granularity)
     tables: list[torch.Tensor] = []
     if max(counts) > matrices and (contrast != 1 or len(levels) > 1):
         vectors = sum(counts) + matrices
         if not _is_empty(result):
             compare = partial(means.compare, levels, matrices, contrast, lambda_)
-            compared = compare(exact) or compare(True)
+            compared = compare(in_widest) or compare(True)
             assert compared
             working, tables, linear = compared
     for group in _groups(views, len(tensors), batch):
         if tables:
             coefficients = tables[0][group.outer, group.inner]
         else:
-            working, _, coefficients, unique = means.of(group, exact, lambda_)
+            working, _, coefficients, unique = means.of(group, in_widest, lambda_)
             linear.index_add_(0, group.outputs, (~unique).sum(-1))
-        rows = tables[1][group.outer] if tables[1:] else None
+        row_factors = tables[1][group.outer] if tables[1:] else None
         out = result[group.outer, :, group.inner]
-        if not means.chosen.combine(
-            group.inputs, group.base, coefficients, out, working, rows
+        if not means.device_pass.combine(
+            group.inputs, group.base, coefficients, out, working, row_factors
         ):
             refuse_infinite(out, group.outputs, "the result")
     return Merged(result.view(tensors[0].shape), vectors // batch, linear)
@@ -242,21 +242,21 @@ class _Group(NamedTuple):
 class _Means(NamedTuple):
     """From vectors to coefficients: the first two steps."""
 
-    chosen: ModuleType  # the pass
+    device_pass: ModuleType
     shares: torch.Tensor  # (batch, 1, N)
-    find: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # `mean_coefficients`
+    solve: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # `mean_coefficients`
 
     def of(
-        self, group: _Group, exact: bool, scale: float = 1.0
+        self, group: _Group, in_widest: bool, scale: float = 1.0, bounded: bool = False
     ) -> tuple[torch.dtype, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What to compute a group in, its Gram matrices, coefficients, and which of
         its vectors have a unique mean.
         """
         wide = self.shares.dtype
-        for working in (wide,) if exact else (torch.float32, wide):
-            gram = self.chosen.gram(group.inputs, group.base, working)
+        for working in (wide,) if in_widest else (torch.float32, wide):
+            gram = self.device_pass.gram(group.inputs, group.base, working)
             near = 0 if working == wide else _NEAR_ANTIPODAL
-            coefficients, unique = self.mean(gram, group.outputs, near)
+            coefficients, unique = self.mean(gram, group.outputs, near, bounded)
             coefficients = scale * coefficients
             squares = gram.diagonal(dim1=-2, dim2=-1)
             if working != wide and _is_precise(squares, coefficients, unique):
@@ -272,14 +272,14 @@ class _Means(NamedTuple):
         matrices: int,
         contrast: float,
         scale: float,
-        exact: bool,
+        in_widest: bool,
     ) -> tuple[torch.dtype, list[torch.Tensor], torch.Tensor] | None:
         """Compare vectors to the matrices that they are of.
 
         Returns what to combine in, coefficients `(outer, inner, N)` of the first level,
         factors of their rows `(outer, length, N)` from the second one, if any, and how
         many vectors and matrices of each weight have no unique mean, `(batch,)`. None
-        where that should be `exact`.
+        where float32 is not enough: call again with `in_widest`.
         """
         (batch, _, count), wide = self.shares.shape, self.shares.dtype
         outputs = _owners(slice(0, matrices), matrices // batch, self.shares.device)
@@ -290,8 +290,10 @@ class _Means(NamedTuple):
             tables.append(self.shares.new_empty(outer, inner, count))
             grams = self.shares.new_zeros(matrices, 1, count, count)  # vectors' sums
             for group in _groups(views, count, batch):
-                working, gram, coefficients, unique = self.of(group, exact)
-                retried = working == wide and not exact
+                working, gram, coefficients, unique = self.of(
+                    group, in_widest, bounded=len(levels) > 1
+                )
+                retried = working == wide and not in_widest
                 if retried and not self.fits_float32(gram, group.outputs):
                     return None
                 tables[-1][group.outer, group.inner] = coefficients
@@ -299,11 +301,11 @@ class _Means(NamedTuple):
                 grams.index_add_(0, owners, gram.sum(1, keepdim=True))
                 linear.index_add_(0, group.outputs, (~unique).sum(-1))
         refuse_infinite(grams, outputs, "a squared length")
-        if not (exact or self.fits_float32(grams, outputs)):
+        if not (in_widest or self.fits_float32(grams, outputs)):
             return None
         whole, unique = self.mean(grams, outputs)
         linear.index_add_(0, outputs, (~unique).sum(-1))
-        working = wide if exact else torch.float32
+        working = wide if in_widest else torch.float32
         units = scale * whole, torch.ones_like(whole)
         # Factors of rows multiply coefficients: with the third power, both have room.
         for table, unit, power in zip(tables, units, (1, 3)):
@@ -319,12 +321,16 @@ class _Means(NamedTuple):
         return working, tables, linear
 
     def mean(
-        self, gram: torch.Tensor, outputs: torch.Tensor, tolerance: float = 0.0
+        self,
+        gram: torch.Tensor,
+        outputs: torch.Tensor,
+        tolerance: float = 0.0,
+        bounded: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Coefficients, and whether there is a unique mean, for vectors of outputs."""
         # Not `[...]`, which starts threads for few entries; they spin for long after.
         shares = self.shares.index_select(0, outputs)
-        return self.find(gram, shares, antipodal_tolerance=tolerance)
+        return self.solve(gram, shares, antipodal_tolerance=tolerance, bounded=bounded)
 
     def fits_float32(self, gram: torch.Tensor, outputs: torch.Tensor) -> bool:
         """Whether float32 is enough to combine vectors, of which some may be zero."""
@@ -350,27 +356,30 @@ def gram_matrices(
         return torch.cat(
             [gram_matrices(tensors, base=base, granularity=kind) for kind in kinds]
         )
-    given = [*tensors] if base is None else [*tensors, base]
-    views = _views([tensor.detach().unsqueeze(0) for tensor in given], granularity)
-    chosen, wide = passes.choose(views), wide_dtype(views[0].device)
+    operands = [*tensors] if base is None else [*tensors, base]
+    views = _views([tensor.detach().unsqueeze(0) for tensor in operands], granularity)
+    device_pass, wide = passes.choose(views), wide_dtype(views[0].device)
     shape = *views[0].shape[::2], len(tensors), len(tensors)
     grams = torch.zeros(shape, dtype=wide, device=views[0].device)
     for group in _groups(views, len(tensors), 1):
-        gram = chosen.gram(group.inputs, group.base, wide)
+        gram = device_pass.gram(group.inputs, group.base, wide)
         grams[group.outer, group.inner] = gram
         _check(group, gram)
     return grams.flatten(0, 1)
 
 
-def _views(given: Sequence[torch.Tensor], granularity: str) -> list[torch.Tensor]:
+def _views(operands: Sequence[torch.Tensor], granularity: str) -> list[torch.Tensor]:
     """Batches of weights as vectors, `(outer, length, inner, width)`."""
-    for tensor in given:
+    layouts = [(tuple(tensor.shape[1:]), str(tensor.device)) for tensor in operands]
+    if len(set(layouts)) > 1:
+        raise ValueError(f"tensors differ in shape or device: {layouts}")
+    for tensor in operands:
         if not tensor.is_floating_point():
             raise TypeError(f"NuSLERP needs floating-point tensors, not {tensor.dtype}")
         if unpack_dual(tensor).tangent is not None:
             raise NotImplementedError("NuSLERP has no forward-mode derivatives")
-    sizes = vector_view(given[0].shape, granularity)
-    return [tensor.reshape(sizes) for tensor in given]
+    sizes = vector_view(operands[0].shape, granularity)
+    return [tensor.reshape(sizes) for tensor in operands]
 
 
 def _groups(views: Sequence[torch.Tensor], models: int, batch: int) -> Iterator[_Group]:
@@ -380,11 +389,11 @@ def _groups(views: Sequence[torch.Tensor], models: int, batch: int) -> Iterator[
     most = max(1, min(_VECTORS, _GRAM_ENTRIES // models**2))
     if is_recorded(views):  # autograd would copy the whole gradient for each group
         most = outer * inner
-    for rows, columns in pieces((outer, inner), most):
-        outputs = _owners(rows, outer // batch, views[0].device)
-        inputs = [view[rows, :, columns] for view in views]
+    for some_outer, some_inner in pieces((outer, inner), most):
+        outputs = _owners(some_outer, outer // batch, views[0].device)
+        inputs = [view[some_outer, :, some_inner] for view in views]
         base = inputs.pop() if len(inputs) > models else None
-        yield _Group(rows, columns, outputs, inputs, base)
+        yield _Group(some_outer, some_inner, outputs, inputs, base)
 
 
 def _is_empty(tensor: torch.Tensor) -> bool:
@@ -397,18 +406,20 @@ def _owners(part: slice, size: int, device: torch.device) -> torch.Tensor:
 
 
 def _check(group: _Group, gram: torch.Tensor) -> None:
-    """Refuse vectors that are not finite, or whose squares are not theirs."""
+    """Raise NonFiniteError for NaN or infinity in an input, and RangeError where a
+    squared length leaves the Gram matrix's dtype.
+    """
     inputs, base, outputs = group.inputs, group.base, group.outputs
-    given = [*inputs] if base is None else [*inputs, base]
+    operands = [*inputs] if base is None else [*inputs, base]
     if not gram.isfinite().all():
-        for index, tensor in enumerate(given):
+        for index, tensor in enumerate(operands):
             for output, vectors in zip(outputs.tolist(), tensor.detach()):
                 if not torch.stack(vectors.aminmax()).isfinite().all():
                     raise NonFiniteError(output, index if index < len(inputs) else None)
         refuse_infinite(gram, outputs, "a squared length")
-    if all(tensor.dtype != torch.float64 for tensor in given):
+    if all(tensor.dtype != torch.float64 for tensor in operands):
         return  # no squares of theirs are that small
-    short = gram.diagonal(dim1=-2, dim2=-1) < _SHORTEST
+    short = gram.diagonal(dim1=-2, dim2=-1) < _LEAST_SQUARE_FLOAT64
     for outer, inner, model in short.nonzero().tolist():
         vector = inputs[model][outer, :, inner]
         if (vector != (0 if base is None else base[outer, :, inner])).any():
@@ -421,9 +432,11 @@ def _is_precise(
 ) -> bool:
     """Whether float32 is enough for vectors of these squared lengths."""
     sizes = coefficients.abs()
-    within = (sizes >= _COEFFICIENTS[0]) & (sizes <= _COEFFICIENTS[1]) | (sizes == 0)
+    within = (sizes >= _COEFFICIENT_RANGE[0]) & (sizes <= _COEFFICIENT_RANGE[1]) | (
+        sizes == 0
+    )
     # Of lengths that are infinite, no coefficient is a number.
-    return bool(within.all() & unique.all() & (squares >= _SMALLEST_SQUARE).all())
+    return bool(within.all() & unique.all() & (squares >= _LEAST_SQUARE_FLOAT32).all())
 
 
 def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:

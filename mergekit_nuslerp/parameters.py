@@ -57,7 +57,7 @@ class Parameter(NamedTuple):
     example: str
 
 
-def _named(value: str) -> str:
+def _check_granularity(value: str) -> str:
     if value != granularity.HEAD:
         granularity.parse(value)
     if value == granularity.FIRST_DIMENSION:
@@ -84,7 +84,10 @@ SHARED = {
     "nuslerp_row_wise": Parameter(bool | None, None, "true or false", "false"),
     "nuslerp_flatten": Parameter(bool | None, None, "true or false", "true"),
     "nuslerp_granularity": Parameter(
-        Annotated[str, AfterValidator(_named)] | None, None, _GRANULARITIES, "row"
+        Annotated[str, AfterValidator(_check_granularity)] | None,
+        None,
+        _GRANULARITIES,
+        "row",
     ),
     "nuslerp_magnitude": Parameter(
         Magnitude, "slerp", f"one of {', '.join(get_args(Magnitude))}", "linear"
@@ -122,8 +125,8 @@ def unfit(name: str, value: Any, model: Hashable | None = None) -> ConfigError:
     if name not in PARAMETERS:
         return _unknown(name)
     owner = "" if model is None else f" of model {model}"
-    given = "is missing" if value is None else f"is {brief(value)}"
-    message = f"nuslerp: parameter {name!r}{owner} {given}, but must be "
+    state = "is missing" if value is None else f"is {brief(value)}"
+    message = f"nuslerp: parameter {name!r}{owner} {state}, but must be "
     message += f"{PARAMETERS[name].allowed}. For example: {_example(name)}."
     if value is None or isinstance(value, (list, dict)):
         message += " A list of filters has a `value` in each entry and ends with one "
@@ -142,13 +145,13 @@ def choose_granularity(shared: Mapping[str, Any]) -> str:
     """The granularity that three parameters, as far as given, ask for together."""
     flatten = shared.get("nuslerp_flatten")
     row_wise = shared.get("nuslerp_row_wise")
-    named = shared.get("nuslerp_granularity")
-    if named is None:
+    name = shared.get("nuslerp_granularity")
+    if name is None:
         # mergekit's `nuslerp_row_wise: true` makes vectors run along dimension 0, so
         # that one is a *column* of a matrix; `false` along the last, and one is a row.
         by_row = granularity.FIRST_DIMENSION if row_wise else "row"
         return "tensor" if flatten is not False else by_row
-    kind = named if named == granularity.HEAD else granularity.parse(named)[0]
+    kind = name if name == granularity.HEAD else granularity.parse(name)[0]
     # mergekit reads `nuslerp_row_wise` only where `nuslerp_flatten` is false.
     fitting = {
         "nuslerp_flatten": kind == "tensor",
@@ -162,9 +165,9 @@ def choose_granularity(shared: Mapping[str, Any]) -> str:
         if shared.get(flag) not in (None, value):
             raise ConfigError(
                 f"nuslerp: `{flag}: {str(shared[flag]).lower()}` contradicts "
-                f"`nuslerp_granularity: {named}`. Remove `{flag}`."
+                f"`nuslerp_granularity: {name}`. Remove `{flag}`."
             )
-    return named
+    return name
 
 
 class Values(NamedTuple):
@@ -183,8 +186,8 @@ def resolve(
     has_base: bool,
 ) -> Values:
     """Check and convert what the config gives for one weight, None where nothing."""
-    given = {**DEFAULTS, **dict(shared)}
-    values = {name: validate(name, given[name]) for name in DEFAULTS}
+    settings = {**DEFAULTS, **dict(shared)}
+    values = {name: validate(name, settings[name]) for name in DEFAULTS}
     numbers = tuple(validate("weight", weight, model) for model, weight in weights)
     scale = values["lambda"]
     if not has_base and scale != 1:
@@ -192,12 +195,12 @@ def resolve(
             f"nuslerp: parameter 'lambda' is {scale}, but without a base model there "
             "are no task vectors to scale. Add `base_model`, or remove `lambda`."
         )
-    chosen, contrast = choose_granularity(values), values["nuslerp_contrast"]
+    kind, contrast = choose_granularity(values), values["nuslerp_contrast"]
     refusing = ""
     if len(numbers) > MIN_MODELS:
         refusing = "of more than two models"
-    elif chosen == granularity.ROW_COLUMN:
-        refusing = f"with `nuslerp_granularity: {chosen}`"
+    elif kind == granularity.ROW_COLUMN:
+        refusing = f"with `nuslerp_granularity: {kind}`"
     elif contrast != 1:
         refusing = f"with `nuslerp_contrast: {contrast:g}`"
     if refusing and not sums_to_zero(numbers):
@@ -209,20 +212,20 @@ def resolve(
                     f"weights {refusing}, {brief(list(numbers))}, must all have the "
                     "same sign. Write weights of at least 0."
                 )
-    return Values(numbers, chosen, values["nuslerp_magnitude"], contrast, scale)
+    return Values(numbers, kind, values["nuslerp_magnitude"], contrast, scale)
 
 
 def check_block(
-    chosen: str, tensor: str | None, shape: Sequence[int], head_size: int | None = None
+    kind: str, tensor: str | None, shape: Sequence[int], head_size: int | None = None
 ) -> None:
     """Refuse a granularity whose blocks do not divide a weight."""
     try:
-        granularity.vector_view((1, *shape), chosen)
+        granularity.vector_view((1, *shape), kind)
     except ValueError as error:
         heads = f" A head of these models has {head_size} numbers." if head_size else ""
         raise ConfigError(
-            f"nuslerp: {called(tensor)} has the shape {tuple(shape)}: {error}, or use "
-            f"a filter to give such tensors another granularity.{heads}"
+            f"nuslerp: {tensor_label(tensor)} has the shape {tuple(shape)}: {error}, "
+            f"or use a filter to give such tensors another granularity.{heads}"
         ) from None
 
 
@@ -318,12 +321,12 @@ def warn_of_tensor(tensor: str | None, message: str, *about: Any) -> None:
     """Warn of the first tensors, and tell of the others those who ask for more."""
     WARNED[message] += 1
     level = logging.WARNING if WARNED[message] <= _NAMED_TENSORS else logging.INFO
-    LOG.log(level, f"nuslerp: %s {message}", called(tensor), *about)
+    LOG.log(level, f"nuslerp: %s {message}", tensor_label(tensor), *about)
     if WARNED[message] == _NAMED_TENSORS:
         LOG.warning("nuslerp: more tensors like these are listed only with --verbose")
 
 
-def named(
+def user_error(
     error: NonFiniteError | RangeError,
     tensor: str | None,
     models: Sequence[Hashable],
@@ -333,16 +336,16 @@ def named(
     _, detail = error.args
     if isinstance(error, RangeError):
         return OverflowError(
-            f"nuslerp: {called(tensor)}: {detail}. Write another `dtype`, or a smaller "
-            "`lambda`."
+            f"nuslerp: {tensor_label(tensor)}: {detail}. Write another `dtype`, or a "
+            "smaller `lambda`."
         )
     owner = f"the base model {base}" if detail is None else f"model {models[detail]}"
     return ValueError(
-        f"nuslerp: {called(tensor)} of {owner} contains NaN or infinity. The "
+        f"nuslerp: {tensor_label(tensor)} of {owner} contains NaN or infinity. The "
         "checkpoint is damaged, its training diverged, or the config's `dtype` is too "
         "small for its numbers; write another one."
     )
 
 
-def called(tensor: str | None) -> str:
+def tensor_label(tensor: str | None) -> str:
     return f"tensor {printable(tensor)}" if tensor else "a tensor"

@@ -34,10 +34,10 @@ def shards(model: ModelReference) -> Iterator[tuple[str, Sequence[str]]]:
 
 def weights(model: ModelReference) -> Header:
     """All weights in a model's safetensors files."""
-    found: Header = {}
+    headers: Header = {}
     for path, _ in shards(model):
-        found |= header(path)
-    return found
+        headers |= header(path)
+    return headers
 
 
 def shape(model: ModelReference, name: str) -> tuple[int, ...] | None:

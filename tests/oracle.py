@@ -228,6 +228,7 @@ def _level(
     kind: str,
     magnitude: str,
     tolerance: float,
+    bounded: bool = False,
 ) -> _Level:
     places = list(vectors(moved[0].shape, kind))
     rows = torch.stack(
@@ -245,6 +246,12 @@ def _level(
         left = mean[:, :elements].norm(dim=-1)
         scale = long / torch.where(left > 0, left, 1)
         scale = scale.unsqueeze(-1) / torch.where(length > 0, length, math.inf)
+        c, errors = scale * c, scale * errors
+    if bounded:
+        merged = _length((c.unsqueeze(-1) * rows).sum(-2))
+        terms = (c * length).sum(-1)
+        least = (4 * merged / torch.where(terms > 0, terms, 1)).clamp(max=1)
+        scale = torch.where(terms > 0, least, 1).unsqueeze(-1)
         c, errors = scale * c, scale * errors
     c = torch.where(unique.unsqueeze(-1), c, weights)
     errors = torch.where(unique.unsqueeze(-1), errors, 1)
@@ -264,7 +271,10 @@ def _with_profiles(
     contrast: float,
     tolerance: float,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Merge by coefficients s (c / s)^p, or s (r k / s^2)^p by rows and columns."""
+    """Merge by coefficients s (c / s)^p, or s (r k / s^2)^p by rows and columns.
+
+    There the terms of a row's or a column's mean are at most 4 times as long as it.
+    """
     both = granularity == "row*column"
     kinds = ("row", "column") if both else (granularity,)
     options = magnitude, tolerance
@@ -275,7 +285,7 @@ def _with_profiles(
     relative = abs(1 - contrast * len(kinds)) * whole.errors / s
     linear = whole.linear
     for kind in kinds:
-        level = _level(moved, weights, kind, *options)
+        level = _level(moved, weights, kind, *options, bounded=both)
         ratio = level.coefficients / s
         if contrast <= 1:
             power *= ratio**contrast

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import shutil
 import time
 from shutil import copytree, ignore_patterns
@@ -79,6 +80,10 @@ WARNINGS = {
     under_parameters("normalize: 1"): ("'normalize'", "relative"),
     under_parameters("int8_mask: 1"): ("'int8_mask'", "nuslerp does not read it"),
     under_parameters("nuslerp_row_wise: true"): ("'nuslerp_row_wise'", "Write both"),
+    under_parameters("nuslerp_row_wise: true, nuslerp_flatten: true"): (
+        "'nuslerp_row_wise'",
+        "without `nuslerp_flatten: false`",
+    ),
     under_parameters("nuslerp_contrast: 2"): (
         "'nuslerp_contrast'",
         "where each matrix is one vector",
@@ -90,6 +95,14 @@ WARNINGS = {
     under_parameters("lambda: [{filter: q_prj, value: 0.5}, {value: 1}]"): (
         "no tensor's name contains the filter 'q_prj'",
     ),
+    under_parameters("lambda: [{value: 1}, {filter: mlp, value: 0.5}]"): (
+        "'lambda'",
+        "what follows the entry for all tensors",
+    ),
+    CONFIG.replace("base_model", "base_mode"): ("`base_mode`", "mean `base_model`?"),
+    CONFIG.replace("dtype", "dtpye"): ("`dtpye`", "mean `dtype`?"),
+    f"{CONFIG}out_dtpye: float32\n": ("`out_dtpye`", "mean `out_dtype`?"),
+    CONFIG.replace("./kd\n", "./kd\n    lora: ./lora\n"): ("`lora`", "not read"),
     CONFIG.replace("0.7", "0.7, t: 0.7"): ("'t'", "slerp"),
     CONFIG.replace("0.7", "0.7, lambda: 1"): ("'lambda'", "under a model", "`lambda: "),
     CONFIG.replace("0.7", "0.7, nuslerp_flatten: 0"): (
@@ -100,6 +113,8 @@ WARNINGS = {
     f"{CONFIG}t: 0.5\n": ("'t'", "outside of `parameters`", "belongs to slerp"),
     f"{CONFIG}wieght: 0.5\n": ("'wieght'", "outside of `parameters`", "'weight'?"),
     f"{CONFIG}parameter: {{lambda: 0.5}}\n": ("'lambda'", "outside of `parameters`"),
+    # In Python and in JSON both are one key.
+    f"{under_parameters('lambda: 1')}x: {{lambda: 0.5}}\n": ("'lambda'", "outside of"),
     # A value of its own beside the one in place, which is what counts.
     f"{under_parameters('lambda: 1')}lambda: 0.5\n": ("'lambda'", "outside of"),
     under_parameters("weight: 0.5").replace(
@@ -138,6 +153,11 @@ IN_ORDER = {
     ),
     "names of tokens": f"{CONFIG}tokenizer: {{source: base, tokens: {{}}}}\n",
 }
+
+
+def test_nothing_is_said_of_rows_of_some_tensors(merged):
+    flatten = "nuslerp_flatten: [{filter: mlp, value: false}, {value: true}]"
+    assert not merged(under_parameters(f"{flatten}, nuslerp_row_wise: true"))[1]
 
 
 @pytest.mark.parametrize("name", IN_ORDER)
@@ -248,6 +268,58 @@ def test_a_tensor_that_one_of_three_models_does_not_have(altered, merged):
     assert not any("down_proj" in name for name in same)
 
 
+def test_a_tensor_that_one_model_alone_has(altered, merged):
+    def change(name, tensors, _settings):
+        if name == "sft":
+            tensors.setdefault(LOOSE, torch.ones(4))
+        else:
+            tensors.pop(LOOSE, None)
+
+    folder = altered(change)
+    result, (told,) = merged(CONFIG, folder)
+    assert_names(told, f"tensor {LOOSE} is that of ./sft", "no other model has it")
+    assert result[LOOSE].equal(load_tensors(folder / "sft")[LOOSE].bfloat16())
+
+
+@pytest.mark.parametrize("lacking", ["base", "kd"])
+def test_a_tensor_that_too_few_models_have(lacking, altered, merged, tmp_path):
+    def change(name, tensors, _settings):
+        tensors[LOOSE] = torch.full((4,), len(name) + 0.0)
+        if name == lacking:
+            del tensors[LOOSE]
+
+    folder = altered(change)
+    with pytest.raises(ConfigError, match=rf"base.*{LOOSE}|{LOOSE}.*base"):
+        merged(CONFIG, folder)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", ["float32\nout_dtype: float16", "float16"])
+@pytest.mark.parametrize("is_same", [True, False])
+def test_what_the_last_dtype_cannot_hold_is_refused(dtype, is_same, altered, merged):
+    """mergekit converts tensors when it loads them, and once more when it writes."""
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def change(model, tensors, _settings):
+        tensors[name] = tensors[name].float()
+        tensors[name][0, 0] = 7e4 if is_same else 7e4 + len(model)
+        if is_same:
+            tensors[name].fill_(7e4)
+
+    config = CONFIG.replace("bfloat16", dtype)
+    with pytest.raises((ValueError, OverflowError), match=name):
+        merged(config, altered(change))
+
+
+def test_infinities_that_are_the_same_are_copied_in_any_dtype(altered, merged):
+    def change(_model, tensors, _settings):
+        tensors[LOOSE] = torch.tensor([-math.inf, 0.0])
+
+    config = CONFIG.replace("bfloat16", "float32\nout_dtype: float16")
+    result, told = merged(config, altered(change))
+    assert not told and result[LOOSE].equal(torch.tensor([-math.inf, 0.0]).half())
+
+
 def quantised_by_config(_tensors, settings):
     settings["quantization_config"] = {"quant_method": "fp8"}
 
@@ -305,6 +377,20 @@ def test_integers_are_copied_or_refused(counter, is_same, dtype, altered, merged
     else:
         with pytest.raises(ValueError, match=LOOSE):
             merged(text, folder)
+
+
+def test_integers_that_a_dtype_cannot_hold_are_refused(altered, merged):
+    def change(_model, tensors, _settings):
+        tensors[LOOSE] = torch.tensor([1, 1000001])
+
+    folder = altered(change)
+    for dtype in ("bfloat16", "float64\nout_dtype: bfloat16"):
+        with pytest.raises(
+            ConfigError, match=f"{LOOSE} holds integers that .*bfloat16"
+        ):
+            merged(CONFIG.replace("bfloat16", dtype), folder)
+    result, _ = merged(CONFIG.replace("bfloat16", "float32"), folder)
+    assert result[LOOSE].tolist() == [1, 1000001]
 
 
 @pytest.mark.parametrize("lone", ["base", "sft", None])

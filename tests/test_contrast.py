@@ -286,6 +286,24 @@ def test_vectors_that_nearly_cancel_stay_bounded(dtype, contrast, degrees):
         assert (result.double().norm(dim=-1) <= most).all()
 
 
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.3, 0.7), (0.5, 0.2, 0.3)], ids=str)
+@all_magnitudes
+def test_what_cancels_in_a_row_still_cancels_by_rows_and_columns(weights, magnitude):
+    """Coefficients of the row alone are some 50 there, and its columns differ."""
+    tensors = [normal(16, 96, seed=seed) for seed in range(len(weights))]
+    tensors[1][5] = 0.01 * tensors[1][5] - tensors[0][5]
+    if len(weights) > 2:  # the sum is next to nothing, and no two are opposite
+        tensors[2][5] = tensors[1][5] - 0.5 * tensors[0][5]
+        tensors[1][5] = normal(96, seed=7)
+        tensors[0][5] = -tensors[1][5] - 0.99 * tensors[2][5]
+    options = {"granularity": BOTH, "magnitude": magnitude}
+    result = nuslerp(tensors, weights, **options)
+    exact = oracle(tensors, weights, **options)
+    torch.testing.assert_close(result, exact, rtol=1e-9, atol=1e-9)
+    rows = torch.stack([tensor.norm(dim=-1) for tensor in (result, *tensors)])
+    assert (rows[0] < 1.5 * rows[1:].amax(0)).all()
+
+
 @all_contrasts
 @two_or_three
 @all_magnitudes

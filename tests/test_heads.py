@@ -330,7 +330,7 @@ def test_what_is_not_guessed(name: str, shape: Any, config: dict[str, Any]) -> N
     if config.get("head_dim") == "wide":
         config = {**config, "hidden_size": 30}
     with pytest.raises(ConfigError, match=f"head` does not fit tensor {name} of"):
-        heads.resolved(name, {"a model": config}, shape)
+        heads.granularity_of(name, {"a model": config}, shape)
 
 
 @pytest.mark.skipif(TAKES_NAMES, reason="of mergekit 0.1.4")

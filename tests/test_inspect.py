@@ -299,7 +299,7 @@ def plan(
             "nuslerp_magnitude": magnitude,
             "nuslerp_contrast": contrast,
         },
-        given=list(weights.items()),
+        weights=list(weights.items()),
         tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(weights, info))),
         info=info,
     )
@@ -1653,7 +1653,7 @@ def test_the_command_itself(small: Path, tmp_path: Path) -> None:
     """Once, with what other libraries write to standard error."""
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.replace("./kd", "./nowhere"), encoding="utf-8")
-    inspect = [sys.executable, "-m", "mergekit_nuslerp.cli", "inspect"]
+    inspect = [sys.executable, "-m", "mergekit_nuslerp", "inspect"]
     done = run_command(*inspect, config, "--json", "out.json", cwd=small)
     assert_refused(done, r"model \./nowhere cannot be read: there is no folder")
     assert not (small / "out.json").exists()

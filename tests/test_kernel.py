@@ -642,6 +642,10 @@ def test_shapes_of_models_that_differ_are_refused_even_where_they_broadcast():
         for tensors in ([ONE, other, ONE], [ONE, ONE, other], [other, ONE, ONE]):
             with pytest.raises(ValueError, match="shape"):
                 nuslerp(tensors, [1, 1, 1])
+            with pytest.raises(ValueError, match="shape"):
+                gram_matrices(tensors)
+    with pytest.raises(ValueError, match="shape"):  # of as many elements
+        gram_matrices([torch.ones(2, 8)], base=torch.ones(4, 4))
 
 
 @pytest.mark.parametrize(

@@ -512,7 +512,7 @@ def test_status_knows_every_reason(answer, reason):
 
 
 def test_run_passes_everything_on_to_mergekit_yaml():
-    command = [sys.executable, "-m", "mergekit_nuslerp.cli", "run", "--help"]
+    command = [sys.executable, "-m", "mergekit_nuslerp", "run", "--help"]
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False

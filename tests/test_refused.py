@@ -223,6 +223,12 @@ REFUSED = {
             CONFIG.replace("- model: ./kd", f"- {name}: linear\n    model: ./kd"),
         )
     },
+    shared("lambda: [{filters: mlp, value: 0.5}, {value: 1}]"): (
+        "'lambda'",
+        "'filters'",
+        "has `filter` and `value`",
+    ),
+    weight("[{fliter: mlp, value: 0.1}, {value: 0.7}]"): ("'weight'", "'fliter'"),
     # The same name in its place is no excuse.
     f"{shared('nuslerp_flaten: 1')}nuslerp_flaten: 1\n": ("'nuslerp_flaten'",),
     # Models.

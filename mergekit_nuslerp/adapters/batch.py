@@ -81,7 +81,7 @@ def _kernel(batch: TensorBatch, *, weight: Any, **shared: Any) -> torch.Tensor:
     inputs, base = _split(batch)
     origin = None if base is None else "base"
     weights = [list(enumerate(row)) for row in weight.tolist()]
-    entries = [Planned(None, origin, shared, given) for given in weights]
+    entries = [Planned(None, origin, shared, of_models) for of_models in weights]
     return torch.stack(planning.merge(entries, inputs, base))
 
 
@@ -123,7 +123,9 @@ class NuslerpMethod(BatchedMergeMethod):
             for bound, entry in zip(parameters, planned)
         ]
         results = {
-            index: group.tensors[0].to(out_dtype or dtype, copy=True)
+            index: planning.copied(
+                planned[index].name, group.tensors[0], out_dtype or dtype
+            )
             for index, (group, dtype) in enumerate(zip(groups, input_dtypes))
             if planning.agree(group.tensors)
         }

@@ -15,8 +15,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property, lru_cache, reduce, wraps
 from math import inf
 from operator import getitem
@@ -38,7 +47,13 @@ from mergekit_nuslerp.kernel import (
     refuse_infinite,
 )
 from mergekit_nuslerp.messages import brief
-from mergekit_nuslerp.parameters import LOG, WORDS, ConfigError, called
+from mergekit_nuslerp.parameters import (
+    LOG,
+    PARAMETERS,
+    WORDS,
+    ConfigError,
+    tensor_label,
+)
 
 # Each as the module, the class and its method that is wrapped.
 SEAMS = {
@@ -89,34 +104,86 @@ def _checked_config(validate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_written(config: Mapping[str, Any]) -> None:
-    """Refuse parameters outside of `parameters` that are new, and warn of others."""
-    outside: dict[int, str] = {}
-    in_place: set[int] = set()
-    # What YAML repeats by an alias is one object, and visited once. A tokenizer names
-    # tokens, which may be called anything.
-    visited = {id(config), id(config.get("tokenizer"))}
-    level: list[Any] = [config]
-    while level:
-        found: dict[int, Any] = {}
-        for node in level:
-            children: Iterable[Any] = node
-            if isinstance(node, dict):
-                children = node.values()
-                outside |= {
-                    id(key): str(key)
-                    for key in filter(parameters.is_like_a_parameter, node)
-                }
-                given = node.get("parameters")
-                if isinstance(given, dict):
-                    in_place.update(map(id, given))
-                    visited.add(id(given))
-            found |= {id(it): it for it in children if isinstance(it, (dict, list))}
-        level = [found[key] for key in found.keys() - visited]
-        visited |= found.keys()
-    # What YAML repeats from elsewhere has the same key, and is read where it is used.
-    names = [name for key, name in outside.items() if key not in in_place]
-    for name in sorted(set(names)):
+    """Refuse or warn of what mergekit would drop of a config without a word."""
+    in_place: list[tuple[Any, Any]] = []
+    dropped: list[tuple[Mapping[str, Any], Any, Collection[str]]] = []
+    for part, read in _parts(config):
+        for key in part.keys() - read:
+            dropped.append((part, key, read))
+        settings = part.get("parameters")
+        if isinstance(settings, dict):
+            in_place += settings.items()
+            for name in settings.keys() & PARAMETERS:
+                entries = settings[name]
+                if isinstance(entries, (dict, list)):
+                    _check_filters(name, entries)
+    misplaced = set()
+    for part, key, read in dropped:
+        # What YAML repeats from elsewhere is read where it is used.
+        names = {item[0] for item in _below(part[key]) if item not in in_place}
+        names = set(filter(parameters.is_like_a_parameter, {key, *names}))
+        misplaced |= names
+        # The config itself may have a key for what YAML repeats.
+        near = get_close_matches(str(key), read, 1)
+        if not names and (part is not config or near):
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            LOG.warning("config: mergekit does not read `%s`.%s", key, hint)
+    for name in sorted(map(str, misplaced)):
         parameters.check_name(name, " outside of `parameters`")
+
+
+def _parts(
+    config: Mapping[str, Any],
+) -> list[tuple[Mapping[str, Any], Collection[str]]]:
+    """The parts of a config as it is written, and what keys mergekit reads there."""
+    from mergekit import config as of
+
+    kinds = {
+        "modules": of.OutputModuleDefinition,
+        "models": of.InputModelDefinition,
+        "slices": of.OutputSliceDefinition,
+        "sources": of.InputSliceDefinition,
+    }
+    read = {key: kind.model_fields.keys() for key, kind in kinds.items()}
+    parts = [(config, of.MergeConfiguration.model_fields.keys())]
+    for part, keys in parts:  # to which their own parts are added
+        for key in read.keys() & keys:
+            below = part.get(key)
+            if key == "modules" and isinstance(below, dict):
+                below = list(below.values())
+            for each in below if isinstance(below, list) else ():
+                if isinstance(each, dict):
+                    parts.append((each, read[key]))
+    return parts
+
+
+def _below(value: Any) -> Iterator[tuple[Any, Any]]:
+    """All keys and values in what is nested; what YAML repeats is one object."""
+    visited, nodes = set(), [value]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (dict, list)) and id(node) not in visited:
+            visited.add(id(node))
+            if isinstance(node, dict):
+                yield from node.items()
+            nodes += node.values() if isinstance(node, dict) else node
+
+
+def _check_filters(name: str, value: dict[Any, Any] | list[Any]) -> None:
+    """Refuse a filter of another name, without which a value is for all tensors."""
+    entries = _listed(value)
+    for entry in entries:
+        if not isinstance(entry, dict) or "value" not in entry:
+            return  # a gradient, or nothing that mergekit takes
+        for key in entry.keys() - {"filter", "value"}:
+            raise ConfigError(
+                f"config: parameter {name!r} has an entry with {brief(key)}, which "
+                "mergekit does not read. An entry has `filter` and `value`, or `value` "
+                "alone for all other tensors."
+            )
+    if any(entry.get("filter") in (None, "*") for entry in entries[:-1]):
+        message = "config: of %r, what follows the entry for all tensors is not read"
+        LOG.warning(message, name)
 
 
 # What mergekit takes under a key of a config.
@@ -149,10 +216,10 @@ def _misfit(config: Any, error: Mapping[str, Any]) -> ConfigError:
     keys = [key for key in place if isinstance(key, int) or key in _FORMS]
     if place[0] == "modules":
         keys[1:1] = place[1:2]
-    given = "is missing" if error["type"] == "missing" else f"is {brief(value)}"
+    state = "is missing" if error["type"] == "missing" else f"is {brief(value)}"
     known = [_FORMS[key] for key in keys if key in _FORMS]
     form = known[-1] if known else "as mergekit's documentation says"
-    return ConfigError(f"config: `{_path(keys)}` {given}, but must be {form}.")
+    return ConfigError(f"config: `{_path(keys)}` {state}, but must be {form}.")
 
 
 def _path(keys: Sequence[Any]) -> str:
@@ -180,37 +247,40 @@ class Planned:
     name: Any  # None where a caller gives none
     base: Any
     shared: Mapping[str, Any]  # as mergekit resolved them for this tensor
-    given: Sequence[tuple[Any, Any]]  # each model but the base, and its weight
+    weights: Sequence[tuple[Any, Any]]  # each model but the base, and its weight
     tensors: Any = None  # the task that gathers them, where there is a plan
     info: Any = None  # mergekit's WeightInfo
     shape: Sequence[int] | None = None  # of the loaded weight
+    out_dtype: Any = None  # what mergekit converts the result to, if to anything
 
     @property
     def key(self) -> Hashable:
         """What the values depend on."""
-        weights = tuple([weight for _, weight in self.given])
+        weights = tuple([weight for _, weight in self.weights])
         return tuple(self.shared.items()), weights, self.base is None
 
     @cached_property
     def values(self) -> parameters.Values:
         """The parameters, checked and converted."""
         try:
-            values = parameters.resolve(self.shared, self.given, self.base is not None)
+            values = parameters.resolve(
+                self.shared, self.weights, self.base is not None
+            )
         except ConfigError as error:
-            raise error.at(called(self.name)) from None
-        chosen = values.granularity
-        if chosen != HEAD and ":" not in chosen:
+            raise error.at(tensor_label(self.name)) from None
+        kind = values.granularity
+        if kind != HEAD and ":" not in kind:
             return values
         # Files take a while to read.
         shape = stored_shape(self.tensors) if self.shape is None else self.shape
-        models = [*(model for model, _ in self.given), self.base]
+        models = [*(model for model, _ in self.weights), self.base]
         configs = {model: config_of(model) for model in models if model is not None}
-        if chosen == HEAD:
-            chosen = heads.resolved(str(self.name), configs, shape)
+        if kind == HEAD:
+            kind = heads.granularity_of(str(self.name), configs, shape)
         if shape is not None:
             size = heads.head_size(configs)
-            parameters.check_block(chosen, self.name, shape, size)
-        return values._replace(granularity=chosen)
+            parameters.check_block(kind, self.name, shape, size)
+        return values._replace(granularity=kind)
 
 
 # The tensors of the latest plan, by name.
@@ -233,19 +303,26 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"nuslerp: mergekit cannot plan this: {error}") from error
         planned = plugin.adapter().planned
-        found = [entry for _, task in self._tensors if (entry := planned(task))]
-        _latest.update((entry.name, entry) for entry in found)
+        entries = [entry for _, task in self._tensors if (entry := planned(task))]
+        dtypes = [_dtype(name) for name in (config.dtype, config.out_dtype) if name]
+        for entry in entries if config.out_dtype else ():
+            entry.out_dtype = dtypes[-1]
+        _latest.update((entry.name, entry) for entry in entries)
         # Most tensors have the same values, but blocks may not fit one of them.
-        distinct = {entry.key: entry for entry in reversed(found)}
+        distinct = {entry.key: entry for entry in reversed(entries)}
         words = {str(dict(entry.shared).get(WORDS[0])) for entry in distinct.values()}
         has_blocks = any(":" in word or word == HEAD for word in words)
-        for entry in found if has_blocks else reversed(distinct.values()):
+        for entry in entries if has_blocks else reversed(distinct.values()):
             entry.values  # noqa: B018 (refuses what does not fit)
-        if config.dtype:
-            _check_integers(found, integers)
-        if not getattr(self, "is_inspection", False):  # which has this in its report
+        if dtypes:
+            _check_integers(entries, integers, dtypes)
+        is_inspection = getattr(self, "is_inspection", False)
+        for entry in entries:
+            if entry.info.optional:  # or mergekit says what is missing
+                _check_present(entry, warn=not is_inspection)
+        if not is_inspection:  # which has this in its report
             plugin.announce_merge()
-            for text in unmatched(settings, found):
+            for text in unmatched(settings, entries):
                 LOG.warning("nuslerp: no tensor's name contains the filter %r", text)
             for module in left_out(self):
                 message = "nuslerp: the config has no module %r: it is left out"
@@ -324,8 +401,11 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
         is_common = of_model and name in parameters.SHARED
         place = " under a model: all models share it" if is_common else ""
         parameters.check_name(name, place)
-    others = names & {"nuslerp_flatten", "nuslerp_granularity"}
-    if "nuslerp_row_wise" in names and not others:
+    is_flat = all(
+        name != WORDS[0] and (name != "nuslerp_flatten" or value in (True,))
+        for _, name, _, value in settings
+    )
+    if "nuslerp_row_wise" in names and is_flat:
         hint = " without `nuslerp_flatten: false`. Write both."
         parameters.warn_of_no_effect("nuslerp_row_wise", hint)
     decides = WORDS[0] if WORDS[0] in names else "nuslerp_flatten"
@@ -359,8 +439,8 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
             checked.add(key)
             for model in _check_inputs(place, inputs, base):
                 if str(model) not in configs:
-                    configs[str(model)], found = _check_checkpoint(model)
-                    integers |= found
+                    configs[str(model)], integer_names = _check_checkpoint(model)
+                    integers |= integer_names
                     opened.append(model)
         architecture = modules[module or next(iter(modules))].architecture
         _check_layers(place, inputs, architecture.num_layers_config_key(), configs)
@@ -384,21 +464,23 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
 
 def _check_inputs(place: str, inputs: Sequence[Any], base: Any) -> list[ModelReference]:
     """Check the models of a slice or module, which are returned."""
-    given = [entry.model for entry in inputs]
-    models = given if base is None or base in given else [*given, base]
-    found: dict[Any, ModelReference] = {}
+    input_models = [entry.model for entry in inputs]
+    models = (
+        input_models if base is None or base in input_models else [*input_models, base]
+    )
+    by_path: dict[Any, ModelReference] = {}
     for model in models:
         parts = [part for part in (model.model, model.lora) if part]
         key = tuple((os.path.realpath(part.path), part.revision) for part in parts)
-        if key in found:
+        if key in by_path:
             raise ConfigError(
-                f"nuslerp: {found[key]} and {model} in {place} are the same model. "
+                f"nuslerp: {by_path[key]} and {model} in {place} are the same model. "
                 "List another one, or write the base's path the same way everywhere. "
                 "To merge layers of one model with each other, list a copy of it."
             )
-        found[key] = model
+        by_path[key] = model
     # mergekit adds the base itself, but not to slices.
-    listed = given if hasattr(inputs[0], "layer_range") else models
+    listed = input_models if hasattr(inputs[0], "layer_range") else models
     if len(listed) > 1 or not plugin.adapter().PASSES_ON:
         parameters.check_models(listed, base, place=place)
     for entry in inputs:
@@ -456,20 +538,54 @@ def merge(
             lambda_=values.lambda_,
         )
         result = merged.result
-        if dtype not in (None, result.dtype):
-            result = result.to(dtype)
-            indices = torch.arange(len(result), device=result.device)
-            refuse_infinite(result.unsqueeze(-1), indices, "the result")
+        indices = torch.arange(len(result), device=result.device)
+        for other in (dtype, _out_dtype(planned[0].name)):
+            if other not in (None, result.dtype):
+                narrow = _extremes(result).to(other)
+                refuse_infinite(narrow, indices, "the result")
+        result = result.to(dtype)
     except (NonFiniteError, RangeError) as error:
         entry = planned[error.args[0]]
-        models = [model for model, _ in entry.given]
-        raise parameters.named(error, entry.name, models, entry.base) from None
+        models = [model for model, _ in entry.weights]
+        raise parameters.user_error(error, entry.name, models, entry.base) from None
     for entry, count in zip(planned, merged.linear.tolist()):
         if count:
             message = "has %d of %d vectors without a unique spherical mean (they are "
             message += "opposite, or cancel), which are merged linearly instead"
             parameters.warn_of_tensor(entry.name, message, count, merged.vectors)
     return result.unbind(0)
+
+
+def _out_dtype(name: Any) -> torch.dtype | None:
+    """What mergekit converts a tensor of the latest plan to, after it is merged."""
+    return _latest[name].out_dtype if name in _latest else None
+
+
+def _extremes(tensors: torch.Tensor) -> torch.Tensor:
+    """The least and the largest number of each of several tensors, `(tensors, 2)`."""
+    if not tensors.numel():
+        return tensors.new_zeros(len(tensors), 2)
+    return torch.stack(tensors.reshape(len(tensors), -1).aminmax(dim=1), 1)
+
+
+def copied(
+    name: Any, tensor: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A copy of a tensor that is the same in all models, if its dtype can hold it."""
+    result = tensor.to(dtype or tensor.dtype, copy=True)
+    last = _out_dtype(name) or result.dtype
+    if not _extremes(result.unsqueeze(0)).to(last).isfinite().all():
+        # mergekit may have converted it when it was loaded.
+        tensors = getattr(_latest.get(name), "tensors", None)
+        places = sources(tensors) if isinstance(tensors, GatherTensors) else {}
+        original = tensor
+        for model, info in places.items():
+            for key in _stored_names(model, info)[:1]:
+                original = LoaderCache().get(model).get_tensor(key)
+        if original.isfinite().all():
+            error = RangeError(0, f"the result is too large for {last}")
+            raise parameters.user_error(error, name, [], None)
+    return result
 
 
 def sources(tensors: Any) -> Mapping[ModelReference, Any]:
@@ -482,7 +598,7 @@ def sources(tensors: Any) -> Mapping[ModelReference, Any]:
 def check_loaded(entry: Planned, shape: Sequence[int]) -> None:
     """Check a tensor in its turn, and warn of models of the plan that lack it."""
     entry.shape = shape
-    present = {*(model for model, _ in entry.given), entry.base} - {None}
+    present = {*(model for model, _ in entry.weights), entry.base} - {None}
     planned = _latest.get(entry.name)
     models = set(sources(planned.tensors)) if planned else present
     if present < models:
@@ -496,9 +612,9 @@ def check_shapes(name: str, tensors: Mapping[Any, torch.Tensor]) -> None:
     """Refuse a weight that has another shape in one of the models."""
     shapes = {model: tuple(tensor.shape) for model, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
-        found = ", ".join(f"{shape} in {model}" for model, shape in shapes.items())
+        text = ", ".join(f"{shape} in {model}" for model, shape in shapes.items())
         raise RuntimeError(
-            f"nuslerp: tensor {name} differs in shape: {found}. Models of different "
+            f"nuslerp: tensor {name} differs in shape: {text}. Models of different "
             "sizes cannot be merged. If only their vocabularies differ, write "
             "`tokenizer_source: union` (or `base`)."
         )
@@ -579,14 +695,49 @@ def _config_at(path: str, _modified: int) -> Mapping[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _check_integers(tensors: Iterable[Planned], integers: set[str]) -> None:
-    """Refuse integers that differ, where a `dtype` would have mergekit cast them."""
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return dtype
+
+
+def _check_integers(
+    tensors: Iterable[Planned], integers: set[str], dtypes: Sequence[torch.dtype]
+) -> None:
+    """Refuse integers that differ, or that mergekit would round to one of dtypes."""
     for entry in tensors if integers else ():
-        named = [(model, info.name) for model, info in sources(entry.tensors).items()]
-        if not integers.isdisjoint(name for _, name in named) and not agree(
-            LoaderCache().get(model).get_tensor(name) for model, name in named
-        ):
+        places = [(model, info.name) for model, info in sources(entry.tensors).items()]
+        if integers.isdisjoint(name for _, name in places):
+            continue
+        first, *rest = (LoaderCache().get(model).get_tensor(n) for model, n in places)
+        if not agree([first, *rest]):
             raise ConfigError(integers_differ(entry.name))
+        for dtype in dtypes:
+            if not first.to(dtype).to(first.dtype).equal(first):
+                raise ConfigError(
+                    f"nuslerp: tensor {entry.name} holds integers that {dtype} cannot "
+                    "hold, and mergekit would round them. Write another `dtype` and "
+                    "`out_dtype`, or none."
+                )
+
+
+def _check_present(entry: Planned, *, warn: bool) -> None:
+    """Refuse a weight that some models may lack, and too few have, or warn of it."""
+    if not isinstance(entry.tensors, GatherTensors):
+        return
+    places = sources(entry.tensors)
+    models = [model for model, info in places.items() if _stored_names(model, info)]
+    if len(models) == 1 and warn:
+        message = "is that of %s, as no other model has it"
+        parameters.warn_of_tensor(entry.name, message, models[0])
+    elif 1 < len(models) < len(places):
+        parameters.check_models(models, entry.base, tensor=entry.name)
+
+
+def _stored_names(model: ModelReference, info: Any) -> list[str]:
+    """The names by which a checkpoint has a weight, none where it does not have it."""
+    names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+    paths = LoaderCache().get(model).index.tensor_paths
+    return [name for name in names if name in paths]
 
 
 def integers_differ(tensor: str) -> str:

@@ -55,15 +55,15 @@ class NuslerpTask(Task[torch.Tensor]):
         parameters.check_models(list(tensors), self.base_model, tensor=name)
         tensors = aligned(self.weight_info, tensors)
         inputs = list(tensors.values())
-        entry.given = [(m, weight) for m, weight in entry.given if m in tensors]
+        entry.weights = [(m, weight) for m, weight in entry.weights if m in tensors]
         planning.check_loaded(entry, inputs[0].shape)
         if planning.agree(inputs):
-            return inputs[0].clone()
+            return planning.copied(name, inputs[0])
         if not all(tensor.is_floating_point() for tensor in inputs):
             raise ValueError(planning.integers_differ(name))
         planning.check_shapes(name, tensors)
         one = {model: tensor.unsqueeze(0) for model, tensor in tensors.items()}
-        models = [one[model] for model, _ in entry.given]
+        models = [one[model] for model, _ in entry.weights]
         return planning.merge([entry], models, one.get(entry.base))[0]
 
 

@@ -24,10 +24,10 @@ def check(source: Any, base: Any, models: Mapping[Any, tuple[str, Any]]) -> None
         base: of the config; without one, mergekit takes the first model.
         models: of each its folder, and the `vocab_size` of its config.json.
     """
-    found = {model: _tokens(folder) for model, (folder, _) in models.items()}
+    vocabularies = {model: _tokens(folder) for model, (folder, _) in models.items()}
     sizes = {m: size for m, (_, size) in models.items() if isinstance(size, int)}
     embedded = {
-        model: {token for token, number in found[model].items() if number < size}
+        model: {token for token, number in vocabularies[model].items() if number < size}
         for model, size in sizes.items()
     }
     if source == "union":
@@ -35,18 +35,18 @@ def check(source: Any, base: Any, models: Mapping[Any, tuple[str, Any]]) -> None
     elif source == "base":
         merged = embedded.get(base or next(iter(models)), set())
     else:
-        merged = {*found.get(source, _tokens(str(source.model.path)))}
+        merged = {*vocabularies.get(source, _tokens(str(source.model.path)))}
     for model, size in sizes.items():
-        beyond = merged & found[model].keys() - embedded[model]
+        beyond = merged & vocabularies[model].keys() - embedded[model]
         if beyond:
-            number, token = min((found[model][token], token) for token in beyond)
+            number, token = min((vocabularies[model][token], token) for token in beyond)
+            last = max(vocabularies[model].values())
             raise ConfigError(
                 f"config: the tokenizer of model {model} has the token {brief(token)} "
                 f"at {number}, but its config.json has `vocab_size` {size}, so there "
                 f"are embeddings of 0 to {size - 1} only. Write another "
                 "`tokenizer_source`, or give the model embeddings first: "
-                f"`model.resize_token_embeddings({max(found[model].values()) + 1})` in "
-                "transformers."
+                f"`model.resize_token_embeddings({last + 1})` in transformers."
             )
 
 

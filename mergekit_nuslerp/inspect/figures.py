@@ -219,8 +219,8 @@ def value(tensor: TensorGeometry, figure: str, model: str = "") -> float | None:
     if figure == "angle":
         return widest(tensor)
     part = part_of(tensor, model) if figure == "effective" else None
-    found: float | None = getattr(part or tensor, figure, None)
-    return found
+    result: float | None = getattr(part or tensor, figure, None)
+    return result
 
 
 # --- CSV ---------------------------------------------------------------------------

@@ -54,7 +54,7 @@ from mergekit_nuslerp.parameters import (
     ConfigError,
     check_block,
     check_models,
-    named,
+    user_error,
 )
 from mergekit_nuslerp.plugin import mergekit_version
 
@@ -107,15 +107,15 @@ def inspect(
         planner, tasks, copied, unmatched = _plan(config, options)
         if progress:
             progress(0, len(tasks))
-        found: dict[str, TensorGeometry | Skipped] = {}
+        by_name: dict[str, TensorGeometry | Skipped] = {}
         executor = Executor(
             targets=tasks, math_device=options.device, storage_device="cpu"
         )
         for task, measured in executor.run(quiet=True):
-            found[task.planned.name] = measured
+            by_name[task.planned.name] = measured
             if progress:
-                progress(len(found), len(tasks))
-    in_order = [found[task.planned.name] for task in tasks]
+                progress(len(by_name), len(tasks))
+    in_order = [by_name[task.planned.name] for task in tasks]
     tensors = [entry for entry in in_order if isinstance(entry, TensorGeometry)]
     if not is_ours:
         tensors = [_without_weights(tensor) for tensor in tensors]
@@ -311,8 +311,8 @@ class _Measure(Task[Any]):
 def _weights(planned: Planned) -> dict[ModelReference, float]:
     """Of each model but the base, in the config's order."""
     # mergekit's mappings of parameters do not keep it.
-    given = [model for model, _ in planned.given]
-    weights = dict(zip(given, planned.values.weights))
+    models = [model for model, _ in planned.weights]
+    weights = dict(zip(models, planned.values.weights))
     return {m: weights[m] for m in planning.sources(planned.tensors) if m in weights}
 
 
@@ -331,22 +331,22 @@ def measure(
     try:
         grams = gram_matrices(inputs, base=base, granularity=planned.values.granularity)
     except (NonFiniteError, RangeError) as error:
-        raise named(error, planned.name, models, planned.base) from None
-    given = inputs if base is None else [*inputs, base]
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
+        raise user_error(error, planned.name, models, planned.base) from None
+    operands = inputs if base is None else [*inputs, base]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in operands))
     count, values = len(models), planned.values
     grams = grams.cpu()
     base_norm = None if base is None else float(gram_matrices([base]).sqrt())
-    given_weights = [_weights(planned)[model] for model in models]
-    weights = normalize_weights(torch.tensor(given_weights, dtype=grams.dtype))
-    found = merge(inputs, base, grams, weights, values)
+    config_weights = [_weights(planned)[model] for model in models]
+    weights = normalize_weights(torch.tensor(config_weights, dtype=grams.dtype))
+    merged = merge(inputs, base, grams, weights, values)
     squares = grams.diagonal(dim1=-2, dim2=-1)
-    norms = found.models.sum(0).diagonal().sqrt()
-    others = found.coefficients.shape[-1] - count
+    norms = merged.models.sum(0).diagonal().sqrt()
+    others = merged.coefficients.shape[-1] - count
     straight = torch.cat([weights.new_zeros(others), weights])
-    linear = _length(straight.expand_as(found.coefficients), found.grams)
-    departure = _length(found.coefficients - straight, found.grams)
-    effective = _effective(found.shares, found.models)
+    linear = _length(straight.expand_as(merged.coefficients), merged.grams)
+    departure = _length(merged.coefficients - straight, merged.grams)
+    effective = _effective(merged.projection, merged.models)
     mean_norm = float((weights * norms).sum())
     stem = planned.name.removesuffix(".weight")
     layer = re.search(r"\.(\d+)\.", stem)
@@ -360,11 +360,11 @@ def measure(
         granularity=values.granularity,
         magnitude=values.magnitude,
         contrast=values.contrast,
-        profile=found.profile,
-        zero_sum=sums_to_zero(given_weights),
+        profile=merged.profile,
+        zero_sum=sums_to_zero(config_weights),
         lambda_=values.lambda_,
         t=float(weights[1]) if count == 2 else None,
-        vectors=found.vectors,
+        vectors=merged.vectors,
         base=None if planned.base is None else str(planned.base),
         parts=[
             Part(
@@ -384,9 +384,9 @@ def measure(
         ],
         norm_ratio=_ratio(float(norms.max()), float(norms.min())),
         base_norm=base_norm,
-        linear=found.linear,
+        linear=merged.linear,
         departure=_ratio(departure, linear),
-        length=_ratio(_length(found.coefficients, found.grams), max(mean_norm, 0)),
+        length=_ratio(_length(merged.coefficients, merged.grams), max(mean_norm, 0)),
     )
 
 
@@ -409,13 +409,13 @@ def _effective(
     products = (grams @ coefficients.unsqueeze(-1)).squeeze(-1)
     merged = (coefficients * products).sum(-1, keepdim=True).clamp(min=0).sqrt()
     cosines = (products / (lengths * merged)).nan_to_num().clamp(-1, 1)
-    shares = coefficients * lengths * torch.sinc(cosines.acos() / torch.pi)
-    total = shares.sum(-1)
-    is_mean = (total > 1e-9 * shares.abs().sum(-1)) & ((lengths > 0).sum(-1) > 1)
+    terms = coefficients * lengths * torch.sinc(cosines.acos() / torch.pi)
+    total = terms.sum(-1)
+    is_mean = (total > 1e-9 * terms.abs().sum(-1)) & ((lengths > 0).sum(-1) > 1)
     is_mean &= merged.squeeze(-1) > 1e-9 * lengths.sum(-1)  # else they cancel
     if not is_mean.any():
-        return [None] * len(shares[0])
-    return (shares / total.unsqueeze(-1))[is_mean].mean(0).tolist()
+        return [None] * len(terms[0])
+    return (terms / total.unsqueeze(-1))[is_mean].mean(0).tolist()
 
 
 def _ratio(value: float, unit: float | None) -> float | None:

@@ -20,13 +20,15 @@ from mergekit_nuslerp.passes.portable import wide_dtype
 _ELEMENTS = 2**17  # of a weight that are merged at once
 
 
-class Merged(NamedTuple):
+class MergeGeometry(NamedTuple):
     """Inner products of vectors, and which sum of them the merge is."""
 
     grams: torch.Tensor  # (..., K, K), the models last
     coefficients: torch.Tensor  # (..., K)
     models: torch.Tensor  # (..., N, N), inner products of the models alone
-    shares: torch.Tensor  # (..., N), of the sum of models that is nearest to the merge
+    projection: (
+        torch.Tensor
+    )  # (..., N), of the sum of models that is nearest to the merge
     vectors: int  # with the matrices that they are compared to
     linear: int  # those without a unique mean
     profile: tuple[float, float] | None = None  # the smallest and the largest
@@ -38,7 +40,7 @@ def merge(
     grams: torch.Tensor,
     weights: torch.Tensor,
     values: Values,
-) -> Merged:
+) -> MergeGeometry:
     """The merge of one tensor, by its inner products.
 
     Args:
@@ -54,9 +56,10 @@ def merge(
     both = values.granularity == ROW_COLUMN and inputs[0].dim() > 1
     if both:
         sizes = [matrices * size for size in (*inputs[0].shape[-2:], 1)]
-        *levels, whole = coefficients.split(sizes)
+        *_, whole = coefficients.split(sizes)
+        *levels, _ = means(grams, bounded=True)[0].split(sizes)
     elif values.contrast == 1 or vectors == matrices:
-        return Merged(grams, coefficients, grams, coefficients, vectors, linear)
+        return MergeGeometry(grams, coefficients, grams, coefficients, vectors, linear)
     else:
         levels = [coefficients]
         whole, unique = means(grams.unflatten(0, (matrices, -1)).sum(1))
@@ -68,16 +71,16 @@ def merge(
     ]
     low, high = torch.cat(profiles, 1)[..., weights != 0].aminmax()
     ends = float(low), float(high)
-    found = whole * profiles[0]
+    factors = whole * profiles[0]
     if not both:
-        found = found.flatten(0, 1)
-        return Merged(grams, found, grams, found, vectors, linear, ends)
+        factors = factors.flatten(0, 1)
+        return MergeGeometry(grams, factors, grams, factors, vectors, linear, ends)
     # Coefficients differ from element to element: measure the merge itself.
-    products = _with_merged(inputs, base, found, profiles[1])
+    products = _with_merged(inputs, base, factors, profiles[1])
     first = torch.eye(1, len(inputs) + 1, dtype=weights.dtype)
-    shares = _projected(products, weights)
+    projection = _projected(products, weights)
     models = products[:, 1:, 1:]
-    return Merged(products, first, models, shares, vectors, linear, ends)
+    return MergeGeometry(products, first, models, projection, vectors, linear, ends)
 
 
 def _with_merged(
@@ -93,22 +96,22 @@ def _with_merged(
         rows, columns: `(M, rows or columns, N)`, whose products are coefficients.
     """
     dtype, device = wide_dtype(inputs[0].device), inputs[0].device
-    given = [tensor.reshape(-1, columns.shape[1]) for tensor in inputs]
-    origin = None if base is None else base.reshape(given[0].shape)
+    matrices = [tensor.reshape(-1, columns.shape[1]) for tensor in inputs]
+    origin = None if base is None else base.reshape(matrices[0].shape)
     size = len(inputs) + 1
     grams = rows.new_zeros(len(rows), size, size)
     owners = torch.arange(len(rows)).repeat_interleave(rows.shape[1])
     for (part,) in pieces(owners.shape, _ELEMENTS // columns.shape[1]):
-        moved = [x[part].to(dtype) for x in given]
+        vectors = [x[part].to(dtype) for x in matrices]
         if origin is not None:
-            moved = [x - origin[part].to(dtype) for x in moved]
+            vectors = [x - origin[part].to(dtype) for x in vectors]
         factors = rows.flatten(0, 1)[part].unsqueeze(1) * columns[owners[part]]
-        terms = zip(moved, factors.to(device, dtype).unbind(-1))
+        terms = zip(vectors, factors.to(device, dtype).unbind(-1))
         merged = sum(
-            (x * factor for x, factor in terms), start=torch.zeros_like(moved[0])
+            (x * factor for x, factor in terms), start=torch.zeros_like(vectors[0])
         )
-        found = gram_matrices([merged, *moved], granularity="row")
-        grams.index_add_(0, owners[part], found.to(grams))
+        products = gram_matrices([merged, *vectors], granularity="row")
+        grams.index_add_(0, owners[part], products.to(grams))
     return grams
 
 

@@ -29,7 +29,7 @@ from mergekit_nuslerp.inspect.figures import (
 from mergekit_nuslerp.inspect.words import (
     Place,
     count_of,
-    figure,
+    format_number,
     grouped,
     is_zero,
     kind_of,
@@ -131,23 +131,25 @@ def _heading(inspection: Inspection, names: Mapping[str, str]) -> Iterator[str]:
             where = "" if count == len(tensors) else f" of {count_of(count, 'tensor')}"
             yield f"   {names[base]}  base{where}"
     if tensors:
-        yield "; ".join(f"{name} {text}" for name, text in _chosen(inspection).items())
+        yield "; ".join(
+            f"{name} {text}" for name, text in _settings(inspection).items()
+        )
 
 
-def _chosen(inspection: Inspection) -> dict[str, str]:
+def _settings(inspection: Inspection) -> dict[str, str]:
     """What a config chooses: granularity, magnitude; contrast and lambda unless 1."""
-    chosen = {}
+    settings = {}
     for field in ("granularity", "magnitude"):
         values = Counter(getattr(tensor, field) for tensor in inspection.tensors)
         if None not in values:
-            chosen[field] = ", ".join(
+            settings[field] = ", ".join(
                 f"{value} ({count})" if len(values) > 1 else value
                 for value, count in values.most_common()
             ).replace(FIRST_DIMENSION, "nuslerp_row_wise")
     for name, field in (("contrast", "contrast"), ("lambda", "lambda_")):
-        found = {getattr(tensor, field) for tensor in inspection.tensors} - {None}
-        chosen |= {name: span(found)} if found - {1} else {}
-    return chosen
+        distinct = {getattr(tensor, field) for tensor in inspection.tensors} - {None}
+        settings |= {name: span(distinct)} if distinct - {1} else {}
+    return settings
 
 
 # --- Tables ------------------------------------------------------------------------
@@ -239,8 +241,8 @@ def _by_part(inspection: Inspection, labels: Mapping[Place, str]) -> Group:
         angles = [pair.angle for t in tensors for pair in t.pairs if pair.angle]
         least = min((degrees(angle.smallest) for angle in angles), default=None)
         most = max((degrees(angle.largest) for angle in angles), default=None)
-        row = [labels[kind], str(len(tensors)), figure(least)]
-        row += [_median_of(tensors, "angle"), figure(most)]
+        row = [labels[kind], str(len(tensors)), format_number(least)]
+        row += [_median_of(tensors, "angle"), format_number(most)]
         row += [_median_of(tensors, "effective") for _ in gets]
         rows.append(row + [_median_of(tensors, name) for name in ratios])
     title = "By part of the model: least, median and most angle; medians of the rest"
@@ -261,10 +263,10 @@ def _every_tensor(inspection: Inspection) -> Iterator[Group]:
             row = ["" if tensor.layer is None else str(tensor.layer)]
             row.append(labels[place_of(tensor)])
             row += [f"{numbers[pair.first]}-{numbers[pair.second]}"] * many
-            row += [figure(tensor.t)] * varies
+            row += [format_number(tensor.t)] * varies
             for name in ("p5", "p50", "p95"):
                 angle = getattr(pair.angle, name, None)
-                row.append(figure(None if angle is None else degrees(angle)))
+                row.append(format_number(None if angle is None else degrees(angle)))
             rows.append(row + [_median_of([tensor], name) for name in ratios])
     heads = ["layer", "part", *["pair"] * many, *["t"] * varies, "5%", "angle", "95%"]
     title = f"{_angle_title(inspection, all_pairs=True)}, degrees"
@@ -282,7 +284,7 @@ def differences(inspections: Sequence[Inspection]) -> list[list[str]]:
     columns: list[dict[tuple[str, str], str]] = []
     for inspection in inspections:
         names = short_names(inspection)
-        column = {("", name): text for name, text in _chosen(inspection).items()}
+        column = {("", name): text for name, text in _settings(inspection).items()}
         for model in inspection.models:
             parts = [p for t in inspection.tensors if (p := part_of(t, model))]
             weights = [part.weight for part in parts if part.weight is not None]
@@ -311,17 +313,17 @@ def _median_of(tensors: Sequence[TensorGeometry], name: str) -> str:
         models = dict.fromkeys(part.model for t in tensors for part in t.parts)
         each = [_medians(tensors, name, model) for model in models]
         return ":".join("-" if got is None else f"{100 * got:.0f}" for got in each)
-    found = _medians(tensors, name)
-    if name == "departure" and found is not None:
-        return f"{figure(100 * found)}%"
-    return figure(found)
+    middle = _medians(tensors, name)
+    if name == "departure" and middle is not None:
+        return f"{format_number(100 * middle)}%"
+    return format_number(middle)
 
 
 def _medians(
     tensors: Sequence[TensorGeometry], name: str, model: str = ""
 ) -> float | None:
-    found = [v for tensor in tensors if (v := value(tensor, name, model)) is not None]
-    return median(found) if found else None
+    values = [v for tensor in tensors if (v := value(tensor, name, model)) is not None]
+    return median(values) if values else None
 
 
 def _angle_title(inspection: Inspection, *, all_pairs: bool = False) -> str:

@@ -22,9 +22,8 @@ from mergekit_nuslerp.inspect.figures import (
     widest,
 )
 from mergekit_nuslerp.inspect.words import (
-    blended,
     count_of,
-    figure,
+    format_number,
     is_zero,
     listed,
     name_of,
@@ -33,6 +32,7 @@ from mergekit_nuslerp.inspect.words import (
     short_names,
     span,
     vectors,
+    weighted_parts,
 )
 
 # A departure from the linear merge that no evaluation is likely to show.
@@ -73,14 +73,14 @@ def verdict(inspection: Inspection) -> list[Finding]:
     names = short_names(inspection)
     unchanged = list(_unchanged(inspection, names))
     directions = _directions(inspection, tensors, names)
-    found = [*directions, *unchanged, *_weights(inspection, tensors, names)]
-    for place, finding in enumerate(found):
+    findings = [*directions, *unchanged, *_weights(inspection, tensors, names)]
+    for place, finding in enumerate(findings):
         # The same advice once, where it is said last.
         if finding.lines and finding.lines in (
-            each.lines for each in found[place + 1 :]
+            each.lines for each in findings[place + 1 :]
         ):
             finding.consider = finding.lines = ""
-    return found
+    return findings
 
 
 def _directions(
@@ -94,12 +94,13 @@ def _directions(
     departures = [
         tensor.departure
         for tensor in tensors
-        if tensor.departure is not None and len(blended(tensor)) > 1
+        if tensor.departure is not None and len(weighted_parts(tensor)) > 1
     ]
-    if not angles or 1 in {len(blended(tensor)) for tensor in tensors}:
+    if not angles or 1 in {len(weighted_parts(tensor)) for tensor in tensors}:
         return  # one model is taken as it is
     angle, what = median(angles), vectors(tensors)
-    apart = f"{figure(angle)} degrees apart (median; {figure(max(angles))} at most)"
+    largest = format_number(max(angles))
+    apart = f"{format_number(angle)} degrees apart (median; {largest} at most)"
     departure = median(departures) if departures else None
     linear = angle < PARALLEL if departure is None else departure <= NEARLY_LINEAR
     consider = lines = ""
@@ -185,7 +186,7 @@ def _weights(
         yield Finding(
             kind="as_weighted",
             models=list(parts),
-            text="In the median each model counts for as much as its weight says "
+            text="In the median each model counts for about as much as its weight says "
             f"({shares}).",
         )
         return
@@ -194,8 +195,8 @@ def _weights(
         kind="dominates",
         models=[most],
         text=f"{names[most]} dominates: at a weight of {weight:.2g} it gets {got:.2g}, "
-        f"since {vectors(full)} differ in length (by a factor of {figure(ratio)}) and "
-        "slerp gives longer ones more.",
+        f"since {vectors(full)} differ in length (by a factor of "
+        f"{format_number(ratio)}) and slerp gives longer ones more.",
         consider=f"To give each what its weight says{_needs(inspection)}:",
         lines=_LINEAR_MAGNITUDE,
     )
@@ -312,7 +313,7 @@ def _warn_of_ratio(inspection: Inspection, names: Mapping[str, str]) -> Iterator
     worst = max(affected, key=_uneven)
     # Beyond the models the mean of the lengths may be next to nothing.
     outside = any(map(_is_outside, affected))
-    short, *_, long = sorted(blended(worst), key=lambda part: part.norm)
+    short, *_, long = sorted(weighted_parts(worst), key=lambda part: part.norm)
     example = ""
     if long.effective is not None and not outside:
         example = (
@@ -322,16 +323,17 @@ def _warn_of_ratio(inspection: Inspection, names: Mapping[str, str]) -> Iterator
     yield (
         f"in {count_of(len(affected), 'tensor')} of {len(inspection.tensors)} one "
         f"model's {vectors(affected, 1)} is more than twice as long as another's: "
-        f"most in {name_of(worst)}, {names[long.model]}'s {figure(_uneven(worst))} "
-        f"times as long as {names[short.model]}'s. Magnitude slerp turns further "
-        f"towards the longer one than the weights say.{example}"
+        f"most in {name_of(worst)}, {names[long.model]}'s "
+        f"{format_number(_uneven(worst))} times as long as {names[short.model]}'s. "
+        "Magnitude slerp turns further towards the longer one than the weights say."
+        f"{example}"
         + ("" if outside else _remedy(inspection, "turns as far as they say"))
     )
 
 
 def _uneven(tensor: TensorGeometry) -> float:
     """Largest over smallest norm of the models that have a weight; 0 without two."""
-    norms = [part.norm for part in blended(tensor)]
+    norms = [part.norm for part in weighted_parts(tensor)]
     return max(norms) / min(norms) if len(norms) > 1 and min(norms) else 0.0
 
 

@@ -127,7 +127,7 @@ def name_of(entry: TensorGeometry | Skipped) -> str:
 # --- Tensors -----------------------------------------------------------------------
 
 
-def blended(tensor: TensorGeometry) -> list[Part]:
+def weighted_parts(tensor: TensorGeometry) -> list[Part]:
     """The models that have a weight."""
     return [part for part in tensor.parts if part.weight]
 
@@ -163,7 +163,7 @@ def share_of(count: int, total: int) -> str:
     return f"{count} of {total}"
 
 
-def figure(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     if value is None:
         return "-"
     size = abs(value)

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""What a device does with large tensors: two functions each, and which of them serves.
+"""The two passes over large tensors, and which of them takes given inputs.
 
 A pass is a module with `gram` and `combine`, as in `portable`, the reference.
 """

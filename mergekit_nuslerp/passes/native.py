@@ -65,13 +65,13 @@ def combine(
     coefficients: torch.Tensor,
     out: torch.Tensor,
     dtype: torch.dtype,
-    rows: torch.Tensor | None = None,
+    row_factors: torch.Tensor | None = None,
 ) -> bool:
     infinite = 0
     for piece in pieces(out.shape, _MOST_ELEMENTS):
         factors = coefficients[piece[0], piece[2]].contiguous()
-        if rows is not None:
-            parts = factors, rows[piece[0], piece[1]]
+        if row_factors is not None:
+            parts = factors, row_factors[piece[0], piece[1]]
             factors = torch.cat([part.flatten() for part in parts])
         infinite |= _call(inputs, base, dtype, piece, factors, out[piece])
     return not infinite

@@ -66,7 +66,7 @@ def combine(
     coefficients: torch.Tensor,
     out: torch.Tensor,
     dtype: torch.dtype,
-    rows: torch.Tensor | None = None,
+    row_factors: torch.Tensor | None = None,
 ) -> bool:
     """Write `base + sum c_i (inputs[i] - base)`, rounded once.
 
@@ -74,20 +74,20 @@ def combine(
         inputs, base, dtype: as in `gram`.
         coefficients: `(outer, inner, N)`.
         out: of the inputs' shape, to write to.
-        rows: `(outer, length, N)`, factors of the c_i, if any.
+        row_factors: `(outer, length, N)`, by which the c_i are multiplied, if any.
 
     Returns:
         Whether all numbers written are finite.
     """
     # One value a vector, contiguous for each model: strided factors are slow.
     factors = coefficients.to(dtype).movedim(-1, 0).contiguous()[:, :, None, :, None]
-    if rows is not None:
-        rows = rows.to(dtype).movedim(-1, 0)[..., None, None]
+    if row_factors is not None:
+        row_factors = row_factors.to(dtype).movedim(-1, 0)[..., None, None]
     finite = torch.ones((), dtype=torch.bool, device=out.device)
     for piece, vectors, total, buffer in _pieces(inputs, base, dtype):
         scales = factors[:, piece[0], :, piece[2]]
-        if rows is not None:
-            scales = scales * rows[:, piece[0], piece[1]]
+        if row_factors is not None:
+            scales = scales * row_factors[:, piece[0], piece[1]]
         for vector, factor in zip(vectors, scales):
             if total is None:
                 total = torch.mul(vector, factor, out=buffer)
@@ -107,22 +107,22 @@ def _pieces(
 
     What autograd records it keeps: that is one piece, and no buffers.
     """
-    given = list(inputs) if base is None else [*inputs, base]
-    first, count, recorded = inputs[0], len(given) + 1, is_recorded(given)
+    operands = list(inputs) if base is None else [*inputs, base]
+    first, count, recorded = inputs[0], len(operands) + 1, is_recorded(operands)
     memory = _BYTES_CPU if first.device.type == "cpu" else _BYTES_ELSEWHERE
     most = min(first.numel(), max(1, memory // dtype.itemsize // count))
     if recorded:
         most = first.numel()
     room = torch.empty(0 if recorded else count, most, dtype=dtype, device=first.device)
     for piece in pieces(first.shape, most):
-        parts = [tensor[piece] for tensor in given]
+        parts = [tensor[piece] for tensor in operands]
         # One operation a model: PyTorch's threads then find in their own cache what
         # they wrote there.
-        rows = room[:, : parts[0].numel()].unflatten(1, parts[0].shape).unbind()
-        buffers = rows or [None] * count
-        wide = [row.copy_(part) for row, part in zip(rows, parts)]
-        wide = wide or [part.to(dtype) for part in parts]
+        buffers = room[:, : parts[0].numel()].unflatten(1, parts[0].shape).unbind()
+        wide = [buffer.copy_(part) for buffer, part in zip(buffers, parts)]
+        if recorded:
+            wide, buffers = [part.to(dtype) for part in parts], [None] * count
         origin = None if base is None else wide.pop()
         if origin is not None:
-            wide = [torch.sub(x, origin, out=row) for x, row in zip(wide, buffers)]
+            wide = [torch.sub(x, origin, out=out) for x, out in zip(wide, buffers)]
         yield piece, wide, origin, buffers[-1]

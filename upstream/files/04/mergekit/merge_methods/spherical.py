@@ -20,7 +20,8 @@ import torch
 
 # take geometry: MIN_WEIGHT_SUM, _GRAM_ROUNDING
 # take passes.portable: _BYTES_CPU, _BYTES_ELSEWHERE
-# take kernel: _GRAM_ENTRIES, _SMALLEST_SQUARE, _COEFFICIENTS, _NEAR_ANTIPODAL
+# take kernel: _GRAM_ENTRIES, _LEAST_SQUARE_FLOAT32, _COEFFICIENT_RANGE
+# take kernel: _NEAR_ANTIPODAL
 
 
 def merge_vectors(
