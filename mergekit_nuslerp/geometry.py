@@ -249,7 +249,7 @@ def karcher_coefficients(
             converged = converged | (residual <= _GRAM_ROUNDING * epsilon)
             if converged.all():
                 break
-            # Each by itself, so that a vector comes out the same in any company.
+            # What is found stays, however long the others take.
             point = torch.where(converged, point, step())
         # Half of the digits will do, as rounding keeps more from vectors that cancel.
         unique &= residual <= epsilon**0.5

@@ -263,7 +263,6 @@ class _Means(NamedTuple):
                 break
         else:
             _check(group, gram)
-            refuse_infinite(coefficients, group.outputs, "a coefficient")
         return working, gram, coefficients, unique
 
     def compare(
@@ -315,7 +314,6 @@ class _Means(NamedTuple):
                 factors = unit * profile(table[:, part].clone(), whole, contrast)
                 if not _is_precise(torch.ones_like(unique), factors**power, unique):
                     working = wide
-                refuse_infinite(factors, outputs, "a coefficient")
                 table[:, part] = factors
         tables[1:] = [table.view(matrices, -1, count) for table in tables[1:]]
         return working, tables, linear

@@ -1,13 +1,15 @@
 # Copyright (C) 2026 The mergekit-nuslerp authors
 # SPDX-License-Identifier: LGPL-3.0-only
 
-"""What the headers of a model's files say of its weights, before one is read."""
+"""What a checkpoint's files say of it, before a weight is read."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
@@ -65,3 +67,63 @@ def _header(path: str, _modified: int) -> Header:
             "If it is the pointer of a file that Git keeps elsewhere, run `git lfs "
             "pull`."
         ) from None
+
+
+def names_of(model: ModelReference, info: Any) -> list[str]:
+    """The names by which a checkpoint has a weight, none where it does not have it."""
+    names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+    paths = LoaderCache().get(model).index.tensor_paths
+    return [name for name in names if name in paths]
+
+
+# In the names of tensors, each followed by a line break, of quantised checkpoints.
+_SCALES = (
+    *("weight_scale_inv\n", "_scale_inv\n", ".weight_scale", ".weight.quant_state"),
+    *(".weight.absmax\n", ".qweight\n", ".SCB\n"),
+)
+
+
+def check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
+    """Refuse a quantised checkpoint: else its config.json, and tensors of integers."""
+    index, headers = LoaderCache().get(model).index, weights(model)
+    config = config_of(model)
+    dtypes = {dtype for dtype, _ in headers.values()}
+    integers = {dtype for dtype in dtypes if dtype[0] in "IUB" and dtype != "BF16"}
+    names = "".join(f"{name}\n" for name in index.tensor_paths)
+    signs = [
+        f"tensors named *{ending.strip()}" for ending in _SCALES if ending in names
+    ]
+    signs += [f"float8 ({dtype})" for dtype in dtypes if dtype[:2] == "F8"]
+    if config.get("quantization_config"):
+        signs.append("quantization_config in its config.json")
+    if signs:
+        raise ConfigError(
+            f"nuslerp: model {model} is quantised: it has {signs[0]}. Quantised "
+            "weights cannot be interpolated. Use the checkpoint that it was made from, "
+            "or load it with transformers, call `model.dequantize()`, and save that."
+        )
+    of_integers = headers.items() if integers else ()
+    return config, {name for name, (dtype, _) in of_integers if dtype in integers}
+
+
+def config_of(model: Hashable) -> Mapping[str, Any]:
+    """What the config.json of a model says, nothing where there is none to be read."""
+    # Only checkpoints that are open: callers of mergekit's functions may have none.
+    is_open = model in LoaderCache.loaders
+    path = os.path.join(folder(model), "config.json") if is_open else ""
+    return _config_at(path, os.stat(path).st_mtime_ns) if os.path.exists(path) else {}
+
+
+def folder(model: Any) -> str:
+    """Where a checkpoint lies."""
+    return LoaderCache().get(model).index.base_path
+
+
+@lru_cache(maxsize=64)
+def _config_at(path: str, _modified: int) -> Mapping[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            config = json.load(file)
+    except (OSError, ValueError):  # transformers says so where it matters
+        config = None
+    return config if isinstance(config, dict) else {}

@@ -156,6 +156,10 @@ def test_one_vector_has_no_profile(contrast, count, shape):
     for granularity in ("tensor", "row", "column:4", BOTH):
         options = {"granularity": granularity, "contrast": contrast, "base": base}
         assert nuslerp(tensors, WEIGHTS[count], **options).equal(expected)
+        weights = torch.tensor([WEIGHTS[count]])
+        options["base"] = base.unsqueeze(0)
+        inputs = [tensor.unsqueeze(0) for tensor in tensors]
+        assert merge_batch(inputs, weights, **options).vectors == 1
 
 
 @all_contrasts
@@ -302,6 +306,13 @@ def test_what_cancels_in_a_row_still_cancels_by_rows_and_columns(weights, magnit
     torch.testing.assert_close(result, exact, rtol=1e-9, atol=1e-9)
     rows = torch.stack([tensor.norm(dim=-1) for tensor in (result, *tensors)])
     assert (rows[0] < 1.5 * rows[1:].amax(0)).all()
+
+
+def test_opposite_rows_take_the_weights_though_they_nearly_cancel():
+    first, second = normal(16, 96, seed=1), normal(16, 96, seed=2)
+    second[5] = -first[5]
+    result = nuslerp([first, second], [0.55, 0.45], granularity=BOTH)
+    assert_close(result, oracle([first, second], [0.55, 0.45], granularity=BOTH))
 
 
 @all_contrasts

@@ -510,13 +510,16 @@ def test_a_float64_task_vector_of_zero_beside_values_too_small_to_be_squared():
 
 @two_or_three
 @all_granularities
-@pytest.mark.parametrize("lambda_", [1e-25, 1e20, 1e25, 1e39])
+@pytest.mark.parametrize(
+    "lambda_, size",
+    [(1e-43, 1e30), (1e-25, 1e-5), (1e20, 1e-25), (1e25, 1e-30), (1e39, 1e-44)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_coefficients_out_of_range_are_worked_out_in_float64(
-    count, granularity, lambda_, dtype
+    count, granularity, lambda_, size, dtype
 ):
     tensors, _ = models(6, 8, count=count, with_base=False)
-    tensors = [(x / max(lambda_, 1) / 1e5).to(dtype) for x in tensors]
+    tensors = [(size * x).to(dtype) for x in tensors]
     base = torch.zeros_like(tensors[0])
     options = {"base": base, "granularity": granularity, "lambda_": lambda_}
     result = nuslerp(tensors, WEIGHTS[count], **options)

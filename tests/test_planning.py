@@ -81,7 +81,7 @@ def test_calls_for_each_slice(folder):
     assert more < (25 if hasattr(merge_methods, "registered_methods") else 38) * TENSORS
 
 
-@pytest.mark.parametrize("name", ["resolve", "_check_checkpoint", "_check_inputs"])
+@pytest.mark.parametrize("name", ["resolve", "check_checkpoint", "_check_inputs"])
 def test_what_takes_long_is_done_once_for_what_is_the_same(name, folder):
     few, many = calls(folder, LAYERS // 3), calls(folder, LAYERS)
     assert 0 < few[name] == many[name]

@@ -11,24 +11,12 @@ out, and what a weight cannot be merged by is refused when its turn comes.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
-from collections.abc import (
-    Callable,
-    Collection,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import cached_property, lru_cache, reduce, wraps
+from functools import cached_property, wraps
 from math import inf
-from operator import getitem
 from typing import Any
 
 import torch
@@ -37,7 +25,7 @@ from mergekit.io.tasks import GatherTensors, LoaderCache
 from pydantic import ValidationError
 
 from mergekit_nuslerp import METHODS, heads, parameters, plugin, stored
-from mergekit_nuslerp.adapters import tokens
+from mergekit_nuslerp.adapters import tokens, written
 from mergekit_nuslerp.geometry import sums_to_zero
 from mergekit_nuslerp.granularity import HEAD
 from mergekit_nuslerp.kernel import (
@@ -46,14 +34,7 @@ from mergekit_nuslerp.kernel import (
     merge_batch,
     refuse_infinite,
 )
-from mergekit_nuslerp.messages import brief
-from mergekit_nuslerp.parameters import (
-    LOG,
-    PARAMETERS,
-    WORDS,
-    ConfigError,
-    tensor_label,
-)
+from mergekit_nuslerp.parameters import LOG, WORDS, ConfigError, tensor_label
 
 # Each as the module, the class and its method that is wrapped.
 SEAMS = {
@@ -87,12 +68,12 @@ def _checked_config(validate: Callable[..., Any]) -> Callable[..., Any]:
         attach()  # the planner may have come since
         if not isinstance(config, dict) or config.get("merge_method") not in METHODS:
             return validate(cls, config, *args, **options)
-        check_written(config)
+        written.check_written(config)
         try:
             result = validate(cls, config, *args, **options)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            raise _misfit(config, first) from None
+            raise written.misfit(config, first) from None
         except RuntimeError as error:  # as mergekit's own validators raise
             raise ConfigError(f"config: {error}") from None
         for _, place, inputs, _ in _inputs(result):
@@ -101,140 +82,6 @@ def _checked_config(validate: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return model_validate
-
-
-def check_written(config: Mapping[str, Any]) -> None:
-    """Refuse or warn of what mergekit would drop of a config without a word."""
-    in_place: list[tuple[Any, Any]] = []
-    dropped: list[tuple[Mapping[str, Any], Any, Collection[str]]] = []
-    for part, read in _parts(config):
-        for key in part.keys() - read:
-            dropped.append((part, key, read))
-        settings = part.get("parameters")
-        if isinstance(settings, dict):
-            in_place += settings.items()
-            for name in settings.keys() & PARAMETERS:
-                entries = settings[name]
-                if isinstance(entries, (dict, list)):
-                    _check_filters(name, entries)
-    misplaced = set()
-    for part, key, read in dropped:
-        # What YAML repeats from elsewhere is read where it is used.
-        names = {item[0] for item in _below(part[key]) if item not in in_place}
-        names = set(filter(parameters.is_like_a_parameter, {key, *names}))
-        misplaced |= names
-        # The config itself may have a key for what YAML repeats.
-        near = get_close_matches(str(key), read, 1)
-        if not names and (part is not config or near):
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            LOG.warning("config: mergekit does not read `%s`.%s", key, hint)
-    for name in sorted(map(str, misplaced)):
-        parameters.check_name(name, " outside of `parameters`")
-
-
-def _parts(
-    config: Mapping[str, Any],
-) -> list[tuple[Mapping[str, Any], Collection[str]]]:
-    """The parts of a config as it is written, and what keys mergekit reads there."""
-    from mergekit import config as of
-
-    kinds = {
-        "modules": of.OutputModuleDefinition,
-        "models": of.InputModelDefinition,
-        "slices": of.OutputSliceDefinition,
-        "sources": of.InputSliceDefinition,
-    }
-    read = {key: kind.model_fields.keys() for key, kind in kinds.items()}
-    parts = [(config, of.MergeConfiguration.model_fields.keys())]
-    for part, keys in parts:  # to which their own parts are added
-        for key in read.keys() & keys:
-            below = part.get(key)
-            if key == "modules" and isinstance(below, dict):
-                below = list(below.values())
-            for each in below if isinstance(below, list) else ():
-                if isinstance(each, dict):
-                    parts.append((each, read[key]))
-    return parts
-
-
-def _below(value: Any) -> Iterator[tuple[Any, Any]]:
-    """All keys and values in what is nested; what YAML repeats is one object."""
-    visited, nodes = set(), [value]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, (dict, list)) and id(node) not in visited:
-            visited.add(id(node))
-            if isinstance(node, dict):
-                yield from node.items()
-            nodes += node.values() if isinstance(node, dict) else node
-
-
-def _check_filters(name: str, value: dict[Any, Any] | list[Any]) -> None:
-    """Refuse a filter of another name, without which a value is for all tensors."""
-    entries = _listed(value)
-    for entry in entries:
-        if not isinstance(entry, dict) or "value" not in entry:
-            return  # a gradient, or nothing that mergekit takes
-        for key in entry.keys() - {"filter", "value"}:
-            raise ConfigError(
-                f"config: parameter {name!r} has an entry with {brief(key)}, which "
-                "mergekit does not read. An entry has `filter` and `value`, or `value` "
-                "alone for all other tensors."
-            )
-    if any(entry.get("filter") in (None, "*") for entry in entries[:-1]):
-        message = "config: of %r, what follows the entry for all tensors is not read"
-        LOG.warning(message, name)
-
-
-# What mergekit takes under a key of a config.
-_FORMS = {
-    "models": "a list, with `- model: PATH` and `parameters: {weight: 0.5}` for each",
-    "slices": "a list, with `- sources: [...]` for each",
-    "sources": "a list, with `model`, `layer_range` and `parameters` for each",
-    "modules": "a name and `models` or `slices` for each module",
-    **dict.fromkeys(("model", "base_model"), "a path, or a name on the hub"),
-    "layer_range": "two whole numbers, `[0, 16]`",
-    "parameters": "names and values, `{weight: 0.5}`",
-    **dict.fromkeys(("dtype", "out_dtype"), "a name, such as `bfloat16`"),
-    "tokenizer_source": "`union`, `base` or a model",
-    "tokenizer": "`{source: union}`, with `tokens` if need be",
-    "chat_template": "a name or a template",
-    "residual_weight": "a number",
-}
-
-
-def _misfit(config: Any, error: Mapping[str, Any]) -> ConfigError:
-    """The error about what mergekit could not read of a config, in words of ours."""
-    place, value = list(error["loc"]), error["input"]
-    if "parameters" in place[:-1]:
-        end = place.index("parameters")
-        name, owner = str(place[end + 1]), reduce(getitem, place[:end], config)
-        _check_word(name)
-        misfit = parameters.unfit(name, value, owner.get("model"))
-        return misfit.at(_path(place[:end])) if end else misfit
-    # The others are names of types that were tried.
-    keys = [key for key in place if isinstance(key, int) or key in _FORMS]
-    if place[0] == "modules":
-        keys[1:1] = place[1:2]
-    state = "is missing" if error["type"] == "missing" else f"is {brief(value)}"
-    known = [_FORMS[key] for key in keys if key in _FORMS]
-    form = known[-1] if known else "as mergekit's documentation says"
-    return ConfigError(f"config: `{_path(keys)}` {state}, but must be {form}.")
-
-
-def _path(keys: Sequence[Any]) -> str:
-    return re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, keys)))
-
-
-def _check_word(name: str) -> None:
-    """Refuse a parameter whose values are words where mergekit takes only numbers."""
-    if name in WORDS and not plugin.adapter().TAKES_WORDS:
-        instead = ", or use `nuslerp_flatten` and `nuslerp_row_wise`"
-        raise ConfigError(
-            f"nuslerp: parameter {name!r} takes a word, and this mergekit takes only "
-            "numbers. Install mergekit 0.1.5 (`pip install mergekit==0.1.5`)"
-            f"{instead if name == WORDS[0] else ''}."
-        )
 
 
 # --- A plan ------------------------------------------------------------------------
@@ -274,7 +121,7 @@ class Planned:
         # Files take a while to read.
         shape = stored_shape(self.tensors) if self.shape is None else self.shape
         models = [*(model for model, _ in self.weights), self.base]
-        configs = {model: config_of(model) for model in models if model is not None}
+        configs = {m: stored.config_of(m) for m in models if m is not None}
         if kind == HEAD:
             kind = heads.granularity_of(str(self.name), configs, shape)
         if shape is not None:
@@ -353,14 +200,10 @@ def settings_of(config: Any) -> Iterator[tuple[Any, str, str | None, Any]]:
     parts += [entry for _, _, inputs, _ in _inputs(config) for entry in inputs]
     for part in parts:
         for name, setting in (part.parameters or {}).items():
-            for choice in _listed(setting):
+            for choice in written.listed(setting):
                 text = getattr(choice, "filter", None)
-                for value in _listed(getattr(choice, "value", choice)):
+                for value in written.listed(getattr(choice, "value", choice)):
                     yield getattr(part, "model", None), name, text, value
-
-
-def _listed(value: Any) -> list[Any]:
-    return (value or [None]) if isinstance(value, list) else [value]
 
 
 def unmatched(settings: Iterable[Any], tensors: Iterable[Planned]) -> list[str]:
@@ -419,7 +262,7 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
         )
         parameters.warn_of_no_effect("nuslerp_contrast", hint)
     for model, name, text, value in settings:
-        _check_word(name)
+        written.check_word(name)
         try:
             if name in parameters.PARAMETERS:
                 parameters.validate(name, value, model)
@@ -439,7 +282,7 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
             checked.add(key)
             for model in _check_inputs(place, inputs, base):
                 if str(model) not in configs:
-                    configs[str(model)], integer_names = _check_checkpoint(model)
+                    configs[str(model)], integer_names = stored.check_checkpoint(model)
                     integers |= integer_names
                     opened.append(model)
         architecture = modules[module or next(iter(modules))].architecture
@@ -457,7 +300,7 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
     source = config.tokenizer_source if tokenizer is None else tokenizer.source
     if source is not None:
         sizes = {model: configs[str(model)].get("vocab_size") for model in opened}
-        folders = {model: (_folder(model), size) for model, size in sizes.items()}
+        folders = {model: (stored.folder(model), size) for model, size in sizes.items()}
         tokens.check(source, config.base_model, folders)
     return integers
 
@@ -580,7 +423,7 @@ def copied(
         places = sources(tensors) if isinstance(tensors, GatherTensors) else {}
         original = tensor
         for model, info in places.items():
-            for key in _stored_names(model, info)[:1]:
+            for key in stored.names_of(model, info)[:1]:
                 original = LoaderCache().get(model).get_tensor(key)
         if original.isfinite().all():
             error = RangeError(0, f"the result is too large for {last}")
@@ -640,61 +483,6 @@ def agree(tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
-# --- Checkpoints -------------------------------------------------------------------
-
-# In the names of tensors, each followed by a line break, of quantised checkpoints.
-_SCALES = (
-    *("weight_scale_inv\n", "_scale_inv\n", ".weight_scale", ".weight.quant_state"),
-    *(".weight.absmax\n", ".qweight\n", ".SCB\n"),
-)
-
-
-def _check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
-    """Refuse a quantised checkpoint: else its config.json, and tensors of integers."""
-    index, weights = LoaderCache().get(model).index, stored.weights(model)
-    config = config_of(model)
-    dtypes = {dtype for dtype, _ in weights.values()}
-    integers = {dtype for dtype in dtypes if dtype[0] in "IUB" and dtype != "BF16"}
-    names = "".join(f"{name}\n" for name in index.tensor_paths)
-    signs = [
-        f"tensors named *{ending.strip()}" for ending in _SCALES if ending in names
-    ]
-    signs += [f"float8 ({dtype})" for dtype in dtypes if dtype[:2] == "F8"]
-    if config.get("quantization_config"):
-        signs.append("quantization_config in its config.json")
-    if signs:
-        raise ConfigError(
-            f"nuslerp: model {model} is quantised: it has {signs[0]}. Quantised "
-            "weights cannot be interpolated. Use the checkpoint that it was made from, "
-            "or load it with transformers, call `model.dequantize()`, and save that."
-        )
-    of_integers = weights.items() if integers else ()
-    return config, {name for name, (dtype, _) in of_integers if dtype in integers}
-
-
-def config_of(model: Hashable) -> Mapping[str, Any]:
-    """What the config.json of a model says, nothing where there is none to be read."""
-    # Only checkpoints that are open: callers of mergekit's functions may have none.
-    is_open = model in LoaderCache.loaders
-    path = os.path.join(_folder(model), "config.json") if is_open else ""
-    return _config_at(path, os.stat(path).st_mtime_ns) if os.path.exists(path) else {}
-
-
-def _folder(model: Any) -> str:
-    """Where a checkpoint lies."""
-    return LoaderCache().get(model).index.base_path
-
-
-@lru_cache(maxsize=64)
-def _config_at(path: str, _modified: int) -> Mapping[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            config = json.load(file)
-    except (OSError, ValueError):  # transformers says so where it matters
-        config = None
-    return config if isinstance(config, dict) else {}
-
-
 def _dtype(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
     return dtype
@@ -725,19 +513,12 @@ def _check_present(entry: Planned, *, warn: bool) -> None:
     if not isinstance(entry.tensors, GatherTensors):
         return
     places = sources(entry.tensors)
-    models = [model for model, info in places.items() if _stored_names(model, info)]
+    models = [model for model, info in places.items() if stored.names_of(model, info)]
     if len(models) == 1 and warn:
         message = "is that of %s, as no other model has it"
         parameters.warn_of_tensor(entry.name, message, models[0])
     elif 1 < len(models) < len(places):
         parameters.check_models(models, entry.base, tensor=entry.name)
-
-
-def _stored_names(model: ModelReference, info: Any) -> list[str]:
-    """The names by which a checkpoint has a weight, none where it does not have it."""
-    names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
-    paths = LoaderCache().get(model).index.tensor_paths
-    return [name for name in names if name in paths]
 
 
 def integers_differ(tensor: str) -> str:
