@@ -45,9 +45,7 @@ _LEAST_SQUARE_FLOAT32 = 1e-24
 _COEFFICIENT_RANGE = 1e-18, 1e18
 _NEAR_ANTIPODAL = 4e-3
 # The least squared length in float64 whose terms are not subnormal.
-_LEAST_SQUARE_FLOAT64 = (
-    torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps ** 2
-)
+_LEAST_SQUARE_FLOAT64 = 2.0**-918  # tiny / eps^2
 
 
 class NonFiniteError(ValueError):
@@ -247,7 +245,7 @@ class _Means(NamedTuple):
     solve: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # `mean_coefficients`
 
     def of(
-        self, group: _Group, in_widest: bool, scale: float = 1.0, bounded: bool = False
+        self, group: _Group, in_widest: bool, scale: float = 1.0, **how: bool
     ) -> tuple[torch.dtype, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What to compute a group in, its Gram matrices, coefficients, and which of
         its vectors have a unique mean.
@@ -256,7 +254,7 @@ class _Means(NamedTuple):
         for working in (wide,) if in_widest else (torch.float32, wide):
             gram = self.device_pass.gram(group.inputs, group.base, working)
             near = 0 if working == wide else _NEAR_ANTIPODAL
-            coefficients, unique = self.mean(gram, group.outputs, near, bounded)
+            coefficients, unique = self.mean(gram, group.outputs, near, **how)
             coefficients = scale * coefficients
             squares = gram.diagonal(dim1=-2, dim2=-1)
             if working != wide and _is_precise(squares, coefficients, unique):
@@ -289,9 +287,8 @@ class _Means(NamedTuple):
             tables.append(self.shares.new_empty(outer, inner, count))
             grams = self.shares.new_zeros(matrices, 1, count, count)  # vectors' sums
             for group in _groups(views, count, batch):
-                working, gram, coefficients, unique = self.of(
-                    group, in_widest, bounded=len(levels) > 1
-                )
+                mean = self.of(group, in_widest, bounded=len(levels) > 1)
+                working, gram, coefficients, unique = mean
                 retried = working == wide and not in_widest
                 if retried and not self.fits_float32(gram, group.outputs):
                     return None
@@ -319,16 +316,12 @@ class _Means(NamedTuple):
         return working, tables, linear
 
     def mean(
-        self,
-        gram: torch.Tensor,
-        outputs: torch.Tensor,
-        tolerance: float = 0.0,
-        bounded: bool = False,
+        self, gram: torch.Tensor, outputs: torch.Tensor, near: float = 0.0, **how: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Coefficients, and whether there is a unique mean, for vectors of outputs."""
         # Not `[...]`, which starts threads for few entries; they spin for long after.
         shares = self.shares.index_select(0, outputs)
-        return self.solve(gram, shares, antipodal_tolerance=tolerance, bounded=bounded)
+        return self.solve(gram, shares, antipodal_tolerance=near, **how)
 
     def fits_float32(self, gram: torch.Tensor, outputs: torch.Tensor) -> bool:
         """Whether float32 is enough to combine vectors, of which some may be zero."""
