@@ -1554,6 +1554,26 @@ def test_a_dtype_that_the_merge_could_not_write(small: Path, tmp_path: Path) -> 
     assert_refused(command(small, config), "`out_dtype` is 'bf17', but must be")
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "7"])
+def test_a_terminal_next_to_nothing_wide(
+    columns: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    done = command(small, EXAMPLES / "no_base.yaml")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_output_that_does_not_arrive(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mergekit_nuslerp.inspect.terminal.show", full)
+    done = command(small, EXAMPLES / "no_base.yaml")
+    assert_refused(done, "No space left on device")
+
+
 def test_a_page_is_written(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     done = command(small, EXAMPLES / "no_base.yaml", "--html", out)
