@@ -39,11 +39,13 @@ _VECTORS = 2**13 - 1
 _GRAM_ENTRIES = 2**17
 
 # What float32 is enough for: squared lengths from this one, and coefficients between
-# these, whose products are neither subnormal nor infinite, and vectors that are five
-# degrees or more from opposite, as the inner products of nearer ones feel its rounding.
+# these, whose products are neither subnormal nor infinite; vectors that are five
+# degrees or more from opposite, as the inner products of nearer ones feel its rounding;
+# and shares up to this one, since far beyond the models rounding is multiplied.
 _LEAST_SQUARE_FLOAT32 = 1e-24
 _COEFFICIENT_RANGE = 1e-18, 1e18
 _NEAR_ANTIPODAL = 4e-3
+_LARGEST_SHARE = 4
 # The least squared length in float64 whose terms are not subnormal.
 _LEAST_SQUARE_FLOAT64 = 2.0**-918  # tiny / eps^2
 
@@ -197,6 +199,7 @@ def merge_batch(
     dtype = reduce(torch.promote_types, (view.dtype for view in views))
     wide = wide_dtype(views[0].device)
     in_widest = is_recorded(views) or dtype.itemsize > 2 or wide == torch.float32
+    in_widest |= bool((shares.abs() > _LARGEST_SHARE).any())
     shares = shares.to(views[0].device, wide).unsqueeze(1)
     result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
     linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)

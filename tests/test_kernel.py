@@ -526,6 +526,18 @@ def test_coefficients_out_of_range_are_worked_out_in_float64(
     assert_rounded_once(result, tensors, WEIGHTS[count], **options)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column", "row:2"])
+@pytest.mark.parametrize("t", [-1000, 10, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_far_beyond_the_models_no_digit_is_lost(granularity, t, dtype):
+    first = normal(60, 50, seed=1)
+    second = (first + 0.01 * normal(60, 50, seed=2)).to(dtype)
+    tensors, weights = [first.to(dtype), second], [1 - t, t]
+    result = nuslerp(tensors, weights, granularity=granularity)
+    exact = oracle(tensors, weights, granularity=granularity)
+    assert (result == exact.to(dtype)).double().mean() >= 0.999
+
+
 @two_or_three
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("lambda_", [1e39, 1e307, -1e39])
