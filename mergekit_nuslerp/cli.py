@@ -355,10 +355,9 @@ def check_writable(paths: Sequence[Path], configs: Sequence[Path]) -> None:
     Raises:
         ValueError: one that cannot, or one that is named twice or is a config.
     """
-    real_paths = {path.resolve() for path in paths}
-    if len(real_paths) < len(paths) or real_paths & {
-        path.resolve() for path in configs
-    }:
+    outputs = {path.resolve() for path in paths}
+    inputs = {path.resolve() for path in configs}
+    if len(outputs) < len(paths) or outputs & inputs:
         raise ValueError("each output needs a file of its own, other than the config")
     for path in paths:
         if path == _STDOUT:

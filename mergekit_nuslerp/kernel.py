@@ -248,7 +248,7 @@ class _Means(NamedTuple):
     solve: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # `mean_coefficients`
 
     def of(
-        self, group: _Group, in_widest: bool, scale: float = 1.0, **how: bool
+        self, group: _Group, in_widest: bool, scale: float = 1.0, bounded: bool = False
     ) -> tuple[torch.dtype, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What to compute a group in, its Gram matrices, coefficients, and which of
         its vectors have a unique mean.
@@ -257,7 +257,7 @@ class _Means(NamedTuple):
         for working in (wide,) if in_widest else (torch.float32, wide):
             gram = self.device_pass.gram(group.inputs, group.base, working)
             near = 0 if working == wide else _NEAR_ANTIPODAL
-            coefficients, unique = self.mean(gram, group.outputs, near, **how)
+            coefficients, unique = self.mean(gram, group.outputs, near, bounded)
             coefficients = scale * coefficients
             squares = gram.diagonal(dim1=-2, dim2=-1)
             if working != wide and _is_precise(squares, coefficients, unique):
@@ -319,12 +319,16 @@ class _Means(NamedTuple):
         return working, tables, linear
 
     def mean(
-        self, gram: torch.Tensor, outputs: torch.Tensor, near: float = 0.0, **how: bool
+        self,
+        gram: torch.Tensor,
+        outputs: torch.Tensor,
+        near: float = 0.0,
+        bounded: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Coefficients, and whether there is a unique mean, for vectors of outputs."""
         # Not `[...]`, which starts threads for few entries; they spin for long after.
         shares = self.shares.index_select(0, outputs)
-        return self.solve(gram, shares, antipodal_tolerance=near, **how)
+        return self.solve(gram, shares, antipodal_tolerance=near, bounded=bounded)
 
     def fits_float32(self, gram: torch.Tensor, outputs: torch.Tensor) -> bool:
         """Whether float32 is enough to combine vectors, of which some may be zero."""
@@ -425,10 +429,8 @@ def _is_precise(
     squares: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
 ) -> bool:
     """Whether float32 is enough for vectors of these squared lengths."""
-    sizes = coefficients.abs()
-    within = (sizes >= _COEFFICIENT_RANGE[0]) & (sizes <= _COEFFICIENT_RANGE[1]) | (
-        sizes == 0
-    )
+    sizes, (least, most) = coefficients.abs(), _COEFFICIENT_RANGE
+    within = (sizes >= least) & (sizes <= most) | (sizes == 0)
     # Of lengths that are infinite, no coefficient is a number.
     return bool(within.all() & unique.all() & (squares >= _LEAST_SQUARE_FLOAT32).all())
 

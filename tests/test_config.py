@@ -302,9 +302,10 @@ def test_what_the_last_dtype_cannot_hold_is_refused(dtype, is_same, altered, mer
 
     def change(model, tensors, _settings):
         tensors[name] = tensors[name].float()
-        tensors[name][0, 0] = 7e4 if is_same else 7e4 + len(model)
         if is_same:
             tensors[name].fill_(7e4)
+        else:
+            tensors[name][0, 0] = 7e4 + len(model)
 
     config = CONFIG.replace("bfloat16", dtype)
     with pytest.raises((ValueError, OverflowError), match=name):

@@ -151,9 +151,9 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
             raise ConfigError(f"nuslerp: mergekit cannot plan this: {error}") from error
         planned = plugin.adapter().planned
         entries = [entry for _, task in self._tensors if (entry := planned(task))]
-        dtypes = [_dtype(name) for name in (config.dtype, config.out_dtype) if name]
-        for entry in entries if config.out_dtype else ():
-            entry.out_dtype = dtypes[-1]
+        out_dtype = _dtype(config.out_dtype)
+        for entry in entries:
+            entry.out_dtype = out_dtype
         _latest.update((entry.name, entry) for entry in entries)
         # Most tensors have the same values, but blocks may not fit one of them.
         distinct = {entry.key: entry for entry in reversed(entries)}
@@ -161,8 +161,8 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
         has_blocks = any(":" in word or word == HEAD for word in words)
         for entry in entries if has_blocks else reversed(distinct.values()):
             entry.values  # noqa: B018 (refuses what does not fit)
-        if dtypes:
-            _check_integers(entries, integers, dtypes)
+        dtypes = [each for each in (_dtype(config.dtype), out_dtype) if each]
+        _check_integers(entries, integers, dtypes)
         is_inspection = getattr(self, "is_inspection", False)
         for entry in entries:
             if entry.info.optional:  # or mergekit says what is missing
@@ -244,18 +244,14 @@ def _check_config(planner: Any, settings: Sequence[Any]) -> set[str]:
         is_common = of_model and name in parameters.SHARED
         place = " under a model: all models share it" if is_common else ""
         parameters.check_name(name, place)
-    is_flat = all(
-        name != WORDS[0] and (name != "nuslerp_flatten" or value in (True,))
-        for _, name, _, value in settings
-    )
-    if "nuslerp_row_wise" in names and is_flat:
-        hint = " without `nuslerp_flatten: false`. Write both."
-        parameters.warn_of_no_effect("nuslerp_row_wise", hint)
     decides = WORDS[0] if WORDS[0] in names else "nuslerp_flatten"
     coarse = all(
         name != decides or value in (True, "tensor", "matrix")
         for _, name, _, value in settings
     )
+    if "nuslerp_row_wise" in names and coarse and decides == "nuslerp_flatten":
+        hint = " without `nuslerp_flatten: false`. Write both."
+        parameters.warn_of_no_effect("nuslerp_row_wise", hint)
     if "nuslerp_contrast" in names and coarse:
         hint = (
             " where each matrix is one vector. Write, say, `nuslerp_granularity: row`."
@@ -381,12 +377,10 @@ def merge(
             lambda_=values.lambda_,
         )
         result = merged.result
-        indices = torch.arange(len(result), device=result.device)
         for other in (dtype, _out_dtype(planned[0].name)):
             if other not in (None, result.dtype):
-                narrow = _extremes(result).to(other)
-                refuse_infinite(narrow, indices, "the result")
-        result = result.to(dtype)
+                indices = torch.arange(len(result), device=result.device)
+                refuse_infinite(_extremes(result).to(other), indices, "the result")
     except (NonFiniteError, RangeError) as error:
         entry = planned[error.args[0]]
         models = [model for model, _ in entry.weights]
@@ -396,7 +390,7 @@ def merge(
             message = "has %d of %d vectors without a unique spherical mean (they are "
             message += "opposite, or cancel), which are merged linearly instead"
             parameters.warn_of_tensor(entry.name, message, count, merged.vectors)
-    return result.unbind(0)
+    return (result if dtype is None else result.to(dtype)).unbind(0)
 
 
 def _out_dtype(name: Any) -> torch.dtype | None:
@@ -421,11 +415,12 @@ def copied(
         # mergekit may have converted it when it was loaded.
         tensors = getattr(_latest.get(name), "tensors", None)
         places = sources(tensors) if isinstance(tensors, GatherTensors) else {}
-        original = tensor
-        for model, info in places.items():
-            for key in stored.names_of(model, info)[:1]:
-                original = LoaderCache().get(model).get_tensor(key)
-        if original.isfinite().all():
+        originals = (
+            LoaderCache().get(model).get_tensor(key)
+            for model, info in places.items()
+            for key in stored.names_of(model, info)
+        )
+        if next(originals, tensor).isfinite().all():
             error = RangeError(0, f"the result is too large for {last}")
             raise parameters.user_error(error, name, [], None)
     return result
@@ -483,16 +478,15 @@ def agree(tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
-    return dtype
+def _dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name.removeprefix("torch.")) if name else None
 
 
 def _check_integers(
     tensors: Iterable[Planned], integers: set[str], dtypes: Sequence[torch.dtype]
 ) -> None:
     """Refuse integers that differ, or that mergekit would round to one of dtypes."""
-    for entry in tensors if integers else ():
+    for entry in tensors if integers and dtypes else ():
         places = [(model, info.name) for model, info in sources(entry.tensors).items()]
         if integers.isdisjoint(name for _, name in places):
             continue

@@ -50,20 +50,22 @@ def merge(
         values: of its parameters.
     """
     means = partial(mean_coefficients, weights=weights, magnitude=values.magnitude)
-    coefficients, unique = means(grams)
-    vectors, linear = len(grams), int((~unique).sum())
     matrices = matrix_count((1, *inputs[0].shape), values.granularity)
     both = values.granularity == ROW_COLUMN and inputs[0].dim() > 1
+    # Of rows and columns at once the matrices come last.
+    parts = grams[: len(grams) - matrices * both]
+    coefficients, unique = means(parts, bounded=both)
+    vectors, linear = len(parts), int((~unique).sum())
     if both:
-        sizes = [matrices * size for size in (*inputs[0].shape[-2:], 1)]
-        *_, whole = coefficients.split(sizes)
-        *levels, _ = means(grams, bounded=True)[0].split(sizes)
+        sizes = [matrices * size for size in inputs[0].shape[-2:]]
+        levels, wholes = coefficients.split(sizes), grams[len(parts) :]
     elif values.contrast == 1 or vectors == matrices:
         return MergeGeometry(grams, coefficients, grams, coefficients, vectors, linear)
     else:
-        levels = [coefficients]
-        whole, unique = means(grams.unflatten(0, (matrices, -1)).sum(1))
-        vectors, linear = vectors + matrices, linear + int((~unique).sum())
+        levels = (coefficients,)
+        wholes = grams.unflatten(0, (matrices, -1)).sum(1)
+    whole, unique = means(wholes)
+    vectors, linear = vectors + matrices, linear + int((~unique).sum())
     whole = whole.unsqueeze(1)
     profiles = [
         profile(level.unflatten(0, (matrices, -1)), whole, values.contrast)
