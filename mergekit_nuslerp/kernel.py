@@ -11,10 +11,10 @@ the whole matrix (`row*column`, a contrast), all are worked out before the secon
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial, reduce
-from math import isfinite
 from types import ModuleType
 from typing import NamedTuple, get_args
 
@@ -38,14 +38,15 @@ from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 _VECTORS = 2**13 - 1
 _GRAM_ENTRIES = 2**17
 
-# What float32 is enough for: squared lengths from this one, and coefficients between
-# these, whose products are neither subnormal nor infinite; vectors that are five
+# What float32 is enough for: squared lengths from this one; vectors that are five
 # degrees or more from opposite, as the inner products of nearer ones feel its rounding;
-# and shares up to this one, since far beyond the models rounding is multiplied.
+# shares up to this one, since far beyond the models rounding is multiplied; and
+# coefficients up to the first of these, whose products are neither subnormal nor
+# infinite, with factors of rows up to the second.
 _LEAST_SQUARE_FLOAT32 = 1e-24
-_COEFFICIENT_RANGE = 1e-18, 1e18
 _NEAR_ANTIPODAL = 4e-3
 _LARGEST_SHARE = 4
+_LARGEST_FACTORS = 1e18, 1e6
 # The least squared length in float64 whose terms are not subnormal.
 _LEAST_SQUARE_FLOAT64 = 2.0**-918  # tiny / eps^2
 
@@ -187,7 +188,7 @@ def merge_batch(
         raise ValueError(f"magnitude must be one of {get_args(Magnitude)}")
     if not 0 <= contrast <= MOST_CONTRAST:
         raise ValueError(f"contrast must be in [0, {MOST_CONTRAST}], not {contrast}")
-    if not isfinite(lambda_) or (base is None and lambda_ != 1):
+    if not math.isfinite(lambda_) or (base is None and lambda_ != 1):
         raise ValueError(
             f"lambda must be finite, and 1 where there is no base, not {lambda_}"
         )
@@ -201,30 +202,27 @@ def merge_batch(
     in_widest = is_recorded(views) or dtype.itemsize > 2 or wide == torch.float32
     in_widest |= bool((shares.abs() > _LARGEST_SHARE).any())
     shares = shares.to(views[0].device, wide).unsqueeze(1)
-    result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
-    linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
-    solve = partial(mean_coefficients, magnitude=magnitude)
-    means = _Means(passes.choose(views), shares, solve)
+    dtypes = (wide,) if in_widest else (torch.float32, wide)
+    means = _Means(passes.choose(views), shares, magnitude, dtypes, len(levels) > 1)
     counts = [len(level[0]) * level[0].shape[2] for level in levels]
     vectors, matrices = counts[0], matrix_count(tensors[0].shape, granularity)
-    tables: list[torch.Tensor] = []
-    if max(counts) > matrices and (contrast != 1 or len(levels) > 1):
+    compared = max(counts) > matrices and (contrast != 1 or len(levels) > 1)
+    if compared:
         vectors = sum(counts) + matrices
-        if not _is_empty(result):
-            compare = partial(means.compare, levels, matrices, contrast, lambda_)
-            compared = compare(in_widest) or compare(True)
-            assert compared
-            working, tables, linear = compared
-    for group in _groups(views, len(tensors), batch):
-        if tables:
-            coefficients = tables[0][group.outer, group.inner]
+    linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
+    result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
+    for group in _groups(views, len(tensors), batch, all_at_once=compared):
+        if compared:
+            tables, fits = means.compare(levels, matrices, contrast, linear)
         else:
-            working, _, coefficients, unique = means.of(group, in_widest, lambda_)
-            linear.index_add_(0, group.outputs, (~unique).sum(-1))
-        row_factors = tables[1][group.outer] if tables[1:] else None
+            mean, fits, _ = means.of(group, linear)
+            tables = [mean]
+        tables[0] *= lambda_
+        fits = fits and all(map(_is_in_range, tables, _LARGEST_FACTORS))
+        working = torch.float32 if fits else wide
         out = result[group.outer, :, group.inner]
         if not means.device_pass.combine(
-            group.inputs, group.base, coefficients, out, working, row_factors
+            group.inputs, group.base, tables[0], out, working, *tables[1:]
         ):
             refuse_infinite(out, group.outputs, "the result")
     return Merged(result.view(tensors[0].shape), vectors // batch, linear)
@@ -245,96 +243,88 @@ class _Means(NamedTuple):
 
     device_pass: ModuleType
     shares: torch.Tensor  # (batch, 1, N)
-    solve: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # `mean_coefficients`
+    magnitude: Magnitude
+    dtypes: tuple[torch.dtype, ...]  # for Gram matrices, until one is precise
+    bounded: bool  # as in `mean_coefficients`
 
     def of(
-        self, group: _Group, in_widest: bool, scale: float = 1.0, bounded: bool = False
-    ) -> tuple[torch.dtype, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What to compute a group in, its Gram matrices, coefficients, and which of
-        its vectors have a unique mean.
+        self, group: _Group, linear: torch.Tensor
+    ) -> tuple[torch.Tensor, bool, torch.Tensor]:
+        """Coefficients `(outer, inner, N)` of a group's vectors, whether float32 is
+        enough to combine them, and their Gram matrices. Adds to `linear` `(batch,)` how
+        many vectors of each weight have no unique mean.
         """
-        wide = self.shares.dtype
-        for working in (wide,) if in_widest else (torch.float32, wide):
+        for working in self.dtypes:
             gram = self.device_pass.gram(group.inputs, group.base, working)
-            near = 0 if working == wide else _NEAR_ANTIPODAL
-            coefficients, unique = self.mean(gram, group.outputs, near, bounded)
-            coefficients = scale * coefficients
-            squares = gram.diagonal(dim1=-2, dim2=-1)
-            if working != wide and _is_precise(squares, coefficients, unique):
+            in_widest = working == self.dtypes[-1]
+            if in_widest:
+                _check(group, gram)
+            mean, unique, precise = self.mean(gram, group.outputs, in_widest)
+            if precise:
                 break
-        else:
-            _check(group, gram)
-        return working, gram, coefficients, unique
+        linear.index_add_(0, group.outputs, (~unique).sum(-1))
+        return mean, precise and len(self.dtypes) > 1, gram
 
     def compare(
         self,
         levels: Sequence[Sequence[torch.Tensor]],
         matrices: int,
         contrast: float,
-        scale: float,
-        in_widest: bool,
-    ) -> tuple[torch.dtype, list[torch.Tensor], torch.Tensor] | None:
+        linear: torch.Tensor,
+    ) -> tuple[list[torch.Tensor], bool]:
         """Compare vectors to the matrices that they are of.
 
-        Returns what to combine in, coefficients `(outer, inner, N)` of the first level,
-        factors of their rows `(outer, length, N)` from the second one, if any, and how
-        many vectors and matrices of each weight have no unique mean, `(batch,)`. None
-        where float32 is not enough: call again with `in_widest`.
+        Returns coefficients `(outer, inner, N)` of the first level, then factors of
+        their rows `(outer, length, N)` from the second one, if any; and whether
+        float32 is enough to combine by them. Adds to `linear` as `of` does.
         """
-        (batch, _, count), wide = self.shares.shape, self.shares.dtype
-        outputs = _owners(slice(0, matrices), matrices // batch, self.shares.device)
-        linear = torch.zeros(batch, dtype=torch.int64, device=outputs.device)
-        tables = []
+        (batch, _, count), fits = self.shares.shape, True
+        tables, new = [], self.shares.new_zeros
         for views in levels:
             outer, _, inner, _ = views[0].shape
-            tables.append(self.shares.new_empty(outer, inner, count))
-            grams = self.shares.new_zeros(matrices, 1, count, count)  # vectors' sums
+            tables.append(new(outer, inner, count))
+            sums = new(matrices, 1, count, count)
             for group in _groups(views, count, batch):
-                mean = self.of(group, in_widest, bounded=len(levels) > 1)
-                working, gram, coefficients, unique = mean
-                retried = working == wide and not in_widest
-                if retried and not self.fits_float32(gram, group.outputs):
-                    return None
-                tables[-1][group.outer, group.inner] = coefficients
+                mean, precise, gram = self.of(group, linear)
+                tables[-1][group.outer, group.inner] = mean
                 owners = _owners(group.outer, outer // matrices, gram.device)
-                grams.index_add_(0, owners, gram.sum(1, keepdim=True))
-                linear.index_add_(0, group.outputs, (~unique).sum(-1))
-        refuse_infinite(grams, outputs, "a squared length")
-        if not (in_widest or self.fits_float32(grams, outputs)):
-            return None
-        whole, unique = self.mean(grams, outputs)
+                sums.index_add_(0, owners, gram.sum(1, keepdim=True))
+                fits &= precise
+        outputs = _owners(slice(0, matrices), matrices // batch, sums.device)
+        refuse_infinite(sums, outputs, "a squared length")
+        whole, unique, precise = self._replace(bounded=False).mean(sums, outputs, True)
+        if not precise and len(self.dtypes) > 1:
+            in_widest = self._replace(dtypes=self.dtypes[1:])
+            return in_widest.compare(levels, matrices, contrast, linear.zero_())
         linear.index_add_(0, outputs, (~unique).sum(-1))
-        working = wide if in_widest else torch.float32
-        units = scale * whole, torch.ones_like(whole)
-        # Factors of rows multiply coefficients: with the third power, both have room.
-        for table, unit, power in zip(tables, units, (1, 3)):
-            table = table.view(matrices, -1, count)
-            for (part,) in pieces(table.shape[1:2], _VECTORS // matrices):
+        for table, unit in zip(tables, (whole, torch.ones_like(whole))):
+            vectors = table.view(matrices, -1, count)
+            for (part,) in pieces(vectors.shape[1:2], _VECTORS // matrices):
                 # A copy, as autograd keeps what it divides, and this is overwritten.
-                factors = unit * profile(table[:, part].clone(), whole, contrast)
-                if not _is_precise(torch.ones_like(unique), factors**power, unique):
-                    working = wide
-                table[:, part] = factors
+                factors = profile(vectors[:, part].clone(), whole, contrast)
+                vectors[:, part] = unit * factors
         tables[1:] = [table.view(matrices, -1, count) for table in tables[1:]]
-        return working, tables, linear
+        return tables, fits
 
     def mean(
-        self,
-        gram: torch.Tensor,
-        outputs: torch.Tensor,
-        near: float = 0.0,
-        bounded: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Coefficients, and whether there is a unique mean, for vectors of outputs."""
+        self, gram: torch.Tensor, outputs: torch.Tensor, in_widest: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Coefficients of vectors by their Gram matrices, computed in the widest dtype
+        or in float32; which of them have a unique mean; whether float32 is enough.
+        """
         # Not `[...]`, which starts threads for few entries; they spin for long after.
         shares = self.shares.index_select(0, outputs)
-        return self.solve(gram, shares, antipodal_tolerance=near, bounded=bounded)
-
-    def fits_float32(self, gram: torch.Tensor, outputs: torch.Tensor) -> bool:
-        """Whether float32 is enough to combine vectors, of which some may be zero."""
+        solve = partial(mean_coefficients, gram, shares, magnitude=self.magnitude)
+        solve = partial(solve, bounded=self.bounded)
         squares = gram.diagonal(dim1=-2, dim2=-1)
-        present = torch.where(squares == 0, 1, squares)
-        return _is_precise(present, *self.mean(gram, outputs, _NEAR_ANTIPODAL))
+        enough = (squares >= _LEAST_SQUARE_FLOAT32) & (squares < math.inf)
+        if in_widest:
+            enough |= squares == 0  # in float32, they may have vanished
+        coefficients, unique = solve(antipodal_tolerance=_NEAR_ANTIPODAL)
+        precise = bool(unique.all() & enough.all())
+        if in_widest and not unique.all():
+            coefficients, unique = solve()
+        return coefficients, unique, precise
 
 
 def gram_matrices(
@@ -380,12 +370,15 @@ def _views(operands: Sequence[torch.Tensor], granularity: str) -> list[torch.Ten
     return [tensor.reshape(sizes) for tensor in operands]
 
 
-def _groups(views: Sequence[torch.Tensor], models: int, batch: int) -> Iterator[_Group]:
+def _groups(
+    views: Sequence[torch.Tensor], models: int, batch: int, all_at_once: bool = False
+) -> Iterator[_Group]:
     if _is_empty(views[0]):
         return
     outer, _, inner, _ = views[0].shape
     most = max(1, min(_VECTORS, _GRAM_ENTRIES // models**2))
-    if is_recorded(views):  # autograd would copy the whole gradient for each group
+    # Autograd would copy the whole gradient for each group.
+    if all_at_once or is_recorded(views):
         most = outer * inner
     for some_outer, some_inner in pieces((outer, inner), most):
         outputs = _owners(some_outer, outer // batch, views[0].device)
@@ -425,14 +418,10 @@ def _check(group: _Group, gram: torch.Tensor) -> None:
             raise RangeError(int(outputs[outer]), reason)
 
 
-def _is_precise(
-    squares: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
-) -> bool:
-    """Whether float32 is enough for vectors of these squared lengths."""
-    sizes, (least, most) = coefficients.abs(), _COEFFICIENT_RANGE
-    within = (sizes >= least) & (sizes <= most) | (sizes == 0)
-    # Of lengths that are infinite, no coefficient is a number.
-    return bool(within.all() & unique.all() & (squares >= _LEAST_SQUARE_FLOAT32).all())
+def _is_in_range(table: torch.Tensor, most: float) -> bool:
+    """Whether factors are zero or between `most` and its inverse."""
+    parts = (part.abs() for part in table.detach().flatten().split(_GRAM_ENTRIES))
+    return all(bool(((x == 0) | (x >= 1 / most) & (x <= most)).all()) for x in parts)
 
 
 def refuse_infinite(values: torch.Tensor, outputs: torch.Tensor, what: str) -> None:
