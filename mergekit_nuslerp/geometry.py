@@ -85,7 +85,8 @@ def mean_coefficients(
             `"linear"` makes the length sum w_i |v_i|, but not below zero, and
             `"geometric"` the product of |v_i|^w_i.
         antipodal_tolerance: vectors with `1 + cos(theta)` up to this are antipodal, as
-            they are up to the rounding of `gram`'s dtype.
+            they are up to the rounding of `gram`'s dtype. Karcher means are found up
+            to 1.5e-8 times this (in float64), or to rounding.
         bounded: where the c_i v_i nearly cancel, so that their lengths sum to more than
             4 times that of the mean, scale all c_i down until they do not.
 
@@ -225,7 +226,8 @@ def karcher_coefficients(
     Args:
         cosines: `(N, N, ...)`, models first.
         weights: `(N, ...)`, none negative, summing to one.
-        bound: vectors with `1 + cos(theta)` up to this are antipodal.
+        bound: vectors with `1 + cos(theta)` up to this are antipodal. At the mean, the
+            log maps sum up to at most sqrt(eps) times this, or to rounding.
 
     Returns:
         The c_i, `(N, ...)`, and `(...)`, whether there is a unique mean direction.
@@ -237,6 +239,7 @@ def karcher_coefficients(
         splines and interpolation", ACM Transactions on Graphics 20(2), 2001.
     """
     epsilon = torch.finfo(cosines.dtype).eps
+    tolerance = max(_GRAM_ROUNDING * epsilon, bound * epsilon**0.5)
     cosines = _FirstOrder.apply(cosines, 1)
     with torch.no_grad():
         counts = weights != 0
@@ -246,7 +249,7 @@ def karcher_coefficients(
         for _ in range(_MAX_STEPS):
             solution, total, smallest, step = _log_maps(point, cosines, weights)
             residual = total.abs().amax(0)
-            converged = converged | (residual <= _GRAM_ROUNDING * epsilon)
+            converged = converged | (residual <= tolerance)
             if converged.all():
                 break
             # What is found stays, however long the others take.
@@ -298,7 +301,8 @@ def _log_maps(
         with torch.no_grad():
             curvature = weights * slope
             along = (cosines * (curvature * x)).sum(1)
-            hessian = curvature.unsqueeze(1) * cosines
+            rows = cosines.new_empty(len(x), len(x) + 1, *x.shape[1:])
+            hessian = torch.mul(curvature.unsqueeze(1), cosines, out=rows[:, :-1])
             # A small eigenvalue along the mean would be lost beside the large ones of
             # nearly opposite vectors. Above 0.03, means of vectors in a plane are.
             hessian.addcmul_(mean.unsqueeze(1), 0.03 * x - along)
@@ -308,7 +312,7 @@ def _log_maps(
             hessian.diagonal().add_(least.unsqueeze(-1))
         # Gauss-Jordan elimination for all vectors at once, without pivots, as the next
         # step mends rounding. `torch.linalg.solve` takes milliseconds on busy cores.
-        rows = torch.cat([hessian, total.unsqueeze(1)], 1)
+        rows[:, -1] = total
         for pivot in range(len(rows)):
             row = rows[pivot, 1:] / rows[pivot, 0]
             rows = torch.addcmul(rows[:, 1:], rows[:, :1], row, value=-1)

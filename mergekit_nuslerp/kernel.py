@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from types import ModuleType
 from typing import NamedTuple, get_args
@@ -201,9 +201,11 @@ def merge_batch(
     wide = wide_dtype(views[0].device)
     in_widest = is_recorded(views) or dtype.itemsize > 2 or wide == torch.float32
     in_widest |= bool((shares.abs() > _LARGEST_SHARE).any())
-    shares = shares.to(views[0].device, wide).unsqueeze(1)
     dtypes = (wide,) if in_widest else (torch.float32, wide)
-    means = _Means(passes.choose(views), shares, magnitude, dtypes, len(levels) > 1)
+    shares = shares.to(views[0].device, wide).unsqueeze(1)
+    near = _NEAR_ANTIPODAL if dtype.itemsize <= 2 else 0.0
+    solve = partial(mean_coefficients, magnitude=magnitude, bounded=len(levels) > 1)
+    means = _Means(passes.choose(views), shares, solve, near, dtypes)
     counts = [len(level[0]) * level[0].shape[2] for level in levels]
     vectors, matrices = counts[0], matrix_count(tensors[0].shape, granularity)
     compared = max(counts) > matrices and (contrast != 1 or len(levels) > 1)
@@ -243,9 +245,9 @@ class _Means(NamedTuple):
 
     device_pass: ModuleType
     shares: torch.Tensor  # (batch, 1, N)
-    magnitude: Magnitude
+    solve: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # `mean_coefficients`
+    near: float  # an `antipodal_tolerance` that is tried first
     dtypes: tuple[torch.dtype, ...]  # for Gram matrices, until one is precise
-    bounded: bool  # as in `mean_coefficients`
 
     def of(
         self, group: _Group, linear: torch.Tensor
@@ -292,10 +294,11 @@ class _Means(NamedTuple):
                 fits &= precise
         outputs = _owners(slice(0, matrices), matrices // batch, sums.device)
         refuse_infinite(sums, outputs, "a squared length")
-        whole, unique, precise = self._replace(bounded=False).mean(sums, outputs, True)
+        unbounded = self._replace(solve=partial(self.solve, bounded=False))
+        whole, unique, precise = unbounded.mean(sums, outputs, in_widest=True)
         if not precise and len(self.dtypes) > 1:
-            in_widest = self._replace(dtypes=self.dtypes[1:])
-            return in_widest.compare(levels, matrices, contrast, linear.zero_())
+            widest = self._replace(dtypes=self.dtypes[1:])
+            return widest.compare(levels, matrices, contrast, linear.zero_())
         linear.index_add_(0, outputs, (~unique).sum(-1))
         for table, unit in zip(tables, (whole, torch.ones_like(whole))):
             vectors = table.view(matrices, -1, count)
@@ -314,16 +317,14 @@ class _Means(NamedTuple):
         """
         # Not `[...]`, which starts threads for few entries; they spin for long after.
         shares = self.shares.index_select(0, outputs)
-        solve = partial(mean_coefficients, gram, shares, magnitude=self.magnitude)
-        solve = partial(solve, bounded=self.bounded)
         squares = gram.diagonal(dim1=-2, dim2=-1)
         enough = (squares >= _LEAST_SQUARE_FLOAT32) & (squares < math.inf)
         if in_widest:
             enough |= squares == 0  # in float32, they may have vanished
-        coefficients, unique = solve(antipodal_tolerance=_NEAR_ANTIPODAL)
+        coefficients, unique = self.solve(gram, shares, antipodal_tolerance=self.near)
         precise = bool(unique.all() & enough.all())
-        if in_widest and not unique.all():
-            coefficients, unique = solve()
+        if in_widest and self.near and not unique.all():
+            coefficients, unique = self.solve(gram, shares)
         return coefficients, unique, precise
 
 

@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("tests")
 @pytest.fixture(autouse=True)
 def same_numbers_in_any_order(request: pytest.FixtureRequest) -> None:
     """What a test draws depends on its name, not on what its process ran before."""
-    # Not `torch.manual_seed`, which notes a traceback for each device that is not there.
+    # Not `torch.manual_seed`, which notes a traceback for each device that is absent.
     torch.default_generator.manual_seed(crc32(request.node.nodeid.encode()) + SEED)
 
 

@@ -96,8 +96,12 @@ WARNINGS = {
         "no tensor's name contains the filter 'q_prj'",
     ),
     under_parameters("lambda: [{value: 1}, {filter: mlp, value: 0.5}]"): (
-        "'lambda'",
-        "what follows the entry for all tensors",
+        "of 'lambda', the entry for 'mlp' is not read",
+        "the one for all tensors comes first",
+    ),
+    under_parameters("lambda: [{filter: mlp, value: 1}, {filter: mlp.up, value: 0}]"): (
+        "of 'lambda', the entry for 'mlp.up' is not read",
+        "the one for 'mlp' comes first",
     ),
     CONFIG.replace("base_model", "base_mode"): ("`base_mode`", "mean `base_model`?"),
     CONFIG.replace("dtype", "dtpye"): ("`dtpye`", "mean `dtype`?"),
@@ -143,6 +147,9 @@ def test_warned_once_a_merge(text, merged):
 
 IN_ORDER = {
     "as it is": CONFIG,
+    "a narrow filter before a wide one": under_parameters(
+        "lambda: [{filter: mlp.up, value: 1}, {filter: mlp, value: 1}, {value: 1}]"
+    ),
     "a base that is listed": CONFIG.replace("dtype", "  - model: ./base\ndtype"),
     "numbers as YAML has them": CONFIG.replace("0.3", "3.0e-1").replace("0.7", "7e-1"),
     "an alias of a mapping": f"x: &x {{weight: 0.7}}\n{CONFIG}".replace(
@@ -378,6 +385,25 @@ def test_integers_are_copied_or_refused(counter, is_same, dtype, altered, merged
     else:
         with pytest.raises(ValueError, match=LOOSE):
             merged(text, folder)
+
+
+@pytest.mark.parametrize("owners", [("sft",), ("base", "sft"), ("sft", "kd")], ids=str)
+def test_integers_that_a_model_lacks(owners, altered, merged):
+    """As of other tensors: what one model alone has is its own."""
+
+    def change(model, tensors, _settings):
+        del tensors[LOOSE]
+        if model in owners:
+            tensors[LOOSE] = torch.arange(4)
+
+    folder = altered(change)
+    if len(owners) == 1:
+        tensors, told = merged(CONFIG, folder)
+        assert tensors[LOOSE].tolist() == [0, 1, 2, 3]
+        assert len(told) == 1 and "no other model has it" in told[0]
+    else:
+        with pytest.raises(ConfigError, match=f"that have tensor {LOOSE}"):
+            merged(CONFIG, folder)
 
 
 def test_integers_that_a_dtype_cannot_hold_are_refused(altered, merged):

@@ -162,11 +162,11 @@ def _checked_plan(plan: Callable[..., Any]) -> Callable[..., Any]:
         for entry in entries if has_blocks else reversed(distinct.values()):
             entry.values  # noqa: B018 (refuses what does not fit)
         dtypes = [each for each in (_dtype(config.dtype), out_dtype) if each]
-        _check_integers(entries, integers, dtypes)
         is_inspection = getattr(self, "is_inspection", False)
         for entry in entries:
             if entry.info.optional:  # or mergekit says what is missing
                 _check_present(entry, warn=not is_inspection)
+        _check_integers(entries, integers, dtypes)
         if not is_inspection:  # which has this in its report
             plugin.announce_merge()
             for text in unmatched(settings, entries):
@@ -487,7 +487,11 @@ def _check_integers(
 ) -> None:
     """Refuse integers that differ, or that mergekit would round to one of dtypes."""
     for entry in tensors if integers and dtypes else ():
-        places = [(model, info.name) for model, info in sources(entry.tensors).items()]
+        places = [
+            (model, name)
+            for model, info in sources(entry.tensors).items()
+            for name in stored.names_of(model, info)[:1]
+        ]
         if integers.isdisjoint(name for _, name in places):
             continue
         first, *rest = (LoaderCache().get(model).get_tensor(n) for model, n in places)

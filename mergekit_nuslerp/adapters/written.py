@@ -95,9 +95,16 @@ def _check_filters(name: str, value: dict[Any, Any] | list[Any]) -> None:
                 "mergekit does not read. An entry has `filter` and `value`, or `value` "
                 "alone for all other tensors."
             )
-    if any(entry.get("filter") in (None, "*") for entry in entries[:-1]):
-        message = "config: of %r, what follows the entry for all tensors is not read"
-        LOG.warning(message, name)
+    filters = [str(entry.get("filter") or "*") for entry in entries]
+    for count, later in enumerate(filters):
+        first = next((x for x in filters[:count] if x == "*" or x in later), None)
+        if first is not None:
+            LOG.warning(
+                "config: of %r, the entry for %s is not read, as the one for %s comes "
+                "first and takes its tensors. Write it before that one.",
+                name,
+                *("all tensors" if x == "*" else repr(x) for x in (later, first)),
+            )
 
 
 # What mergekit takes under a key of a config.

@@ -2,9 +2,8 @@
 // SPDX-License-Identifier: LGPL-3.0-only
 
 // Gram matrices and combinations of contiguous vectors, for native.py. C++17 for GCC or
-// Clang. Weights are read in tiles that fit the first cache, in a working type. Sums of
-// float over a tile are added up in double. A job is cut into the same blocks, whose
-// sums are added in the same order, whatever the number of threads.
+// Clang. Weights are read in tiles that fit the first cache, in a working type; sums over
+// a tile are added up in double, in an order that no number of threads changes.
 
 #include <algorithm>
 #include <atomic>
@@ -112,7 +111,8 @@ struct Job : Sizes {
       : Sizes(sizes), inputs(inputs), coefficients(c), result(result) {
     along = inner == 1 && !has_rows && (length == 1 || length_stride == width);
     rows = along || coefficients ? 1 : ROWS;
-    Index size = in_double ? 8 : 4, room = TILE_BYTES / size / (models + 1) / rows;
+    Index size = in_double ? 8 : 4, each = along || !coefficients ? 1 : 2;  // with factors
+    Index room = TILE_BYTES / size / (each * models + 1) / rows;
     tile = std::clamp<Index>(room / 64 * 64, 64, along ? ALONG_BYTES / size : WIDTH);
     if (along) {
       last = length * width, length = ceil(last, tile), width = length_stride = tile;

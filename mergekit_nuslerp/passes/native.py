@@ -10,6 +10,7 @@ they begin and end within a call, which lets other Python threads run.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -52,7 +53,9 @@ def gram(
     inputs: Sequence[torch.Tensor], base: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     shape = *inputs[0].shape[::2], len(inputs), len(inputs)
-    total = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    # Not `torch.zeros`, which starts threads for large ones; they spin for long after.
+    zeros = bytearray(8 * math.prod(shape))
+    total = torch.frombuffer(zeros, dtype=torch.float64).view(shape)
     for piece in pieces(inputs[0].shape, _MOST_ELEMENTS):
         # What is added to is contiguous: where inner is cut, outer is one.
         _call(inputs, base, dtype, piece, None, total[piece[0], piece[2]])
