@@ -38,14 +38,15 @@ from mergekit_nuslerp.passes.portable import is_recorded, wide_dtype
 _VECTORS = 2**13 - 1
 _GRAM_ENTRIES = 2**17
 
-# What float32 is enough for: squared lengths from this one; vectors that are five
-# degrees or more from opposite, as the inner products of nearer ones feel its rounding;
-# shares up to this one, since far beyond the models rounding is multiplied; and
-# coefficients up to the first of these, whose products are neither subnormal nor
-# infinite, with factors of rows up to the second.
+# Float32 is enough for squared lengths from this one,
 _LEAST_SQUARE_FLOAT32 = 1e-24
+# vectors five degrees or more from opposite, as inner products of nearer ones feel its
+# rounding,
 _NEAR_ANTIPODAL = 4e-3
+# shares up to this one, since far beyond the models rounding is multiplied,
 _LARGEST_SHARE = 4
+# and coefficients up to the first of these, with factors of rows up to the second: then
+# no product is subnormal or infinite.
 _LARGEST_FACTORS = 1e18, 1e6
 # The least squared length in float64 whose terms are not subnormal.
 _LEAST_SQUARE_FLOAT64 = 2.0**-918  # tiny / eps^2
@@ -421,7 +422,7 @@ def _check(group: _Group, gram: torch.Tensor) -> None:
 
 def _is_in_range(table: torch.Tensor, most: float) -> bool:
     """Whether factors are zero or between `most` and its inverse."""
-    parts = (part.abs() for part in table.detach().flatten().split(_GRAM_ENTRIES))
+    parts = (part.abs() for part in table.detach().flatten().split(_VECTORS))
     return all(bool(((x == 0) | (x >= 1 / most) & (x <= most)).all()) for x in parts)
 
 
