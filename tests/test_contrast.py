@@ -212,6 +212,17 @@ def test_more_vectors_than_are_merged_at_once(shape, contrast):
     assert_rounded_once(result, tensors, WEIGHTS[3], **options)
 
 
+def test_vectors_are_counted_once_where_the_matrix_nearly_cancels():
+    """Then all inner products are taken again, in float64."""
+    a = normal(6, 64, dtype=torch.bfloat16)
+    b = (-a.double() + 0.03 * normal(6, 64, seed=1)).bfloat16()
+    b[0] = -a[0]
+    inputs = [a.unsqueeze(0), b.unsqueeze(0)]
+    weights = torch.tensor([[0.5, 0.5]])
+    merged = merge_batch(inputs, weights, granularity="row", contrast=2.0)
+    assert merged.linear.tolist() == [1]
+
+
 # --- zero vectors, opposite ones, and the bound ----------------------------------
 
 
