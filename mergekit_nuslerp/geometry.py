@@ -301,8 +301,7 @@ def _log_maps(
         with torch.no_grad():
             curvature = weights * slope
             along = (cosines * (curvature * x)).sum(1)
-            rows = cosines.new_empty(len(x), len(x) + 1, *x.shape[1:])
-            hessian = torch.mul(curvature.unsqueeze(1), cosines, out=rows[:, :-1])
+            hessian = curvature.unsqueeze(1) * cosines
             # A small eigenvalue along the mean would be lost beside the large ones of
             # nearly opposite vectors. Above 0.03, means of vectors in a plane are.
             hessian.addcmul_(mean.unsqueeze(1), 0.03 * x - along)
@@ -312,7 +311,7 @@ def _log_maps(
             hessian.diagonal().add_(least.unsqueeze(-1))
         # Gauss-Jordan elimination for all vectors at once, without pivots, as the next
         # step mends rounding. `torch.linalg.solve` takes milliseconds on busy cores.
-        rows[:, -1] = total
+        rows = torch.cat([hessian, total.unsqueeze(1)], 1)
         for pivot in range(len(rows)):
             row = rows[pivot, 1:] / rows[pivot, 0]
             rows = torch.addcmul(rows[:, 1:], rows[:, :1], row, value=-1)

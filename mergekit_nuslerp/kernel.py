@@ -45,9 +45,10 @@ _LEAST_SQUARE_FLOAT32 = 1e-24
 _NEAR_ANTIPODAL = 4e-3
 # shares up to this one, since far beyond the models rounding is multiplied,
 _LARGEST_SHARE = 4
-# and coefficients up to the first of these, with factors of rows up to the second: then
-# no product is subnormal or infinite.
-_LARGEST_FACTORS = 1e18, 1e6
+# and coefficients up to this one, as no product is subnormal or infinite then.
+_LARGEST_COEFFICIENT = 1e18
+# Factors of rows multiply them, so they may only be up to this one.
+_LARGEST_ROW_FACTOR = 1e6
 # The least squared length in float64 whose terms are not subnormal.
 _LEAST_SQUARE_FLOAT64 = 2.0**-918  # tiny / eps^2
 
@@ -205,7 +206,7 @@ def merge_batch(
     dtypes = (wide,) if in_widest else (torch.float32, wide)
     shares = shares.to(views[0].device, wide).unsqueeze(1)
     near = _NEAR_ANTIPODAL if dtype.itemsize <= 2 else 0.0
-    solve = partial(mean_coefficients, magnitude=magnitude, bounded=len(levels) > 1)
+    solve = partial(mean_coefficients, magnitude=magnitude)
     means = _Means(passes.choose(views), shares, solve, near, dtypes)
     counts = [len(level[0]) * level[0].shape[2] for level in levels]
     vectors, matrices = counts[0], matrix_count(tensors[0].shape, granularity)
@@ -221,7 +222,8 @@ def merge_batch(
             mean, fits, _ = means.of(group, linear)
             tables = [mean]
         tables[0] *= lambda_
-        fits = fits and all(map(_is_in_range, tables, _LARGEST_FACTORS))
+        largest = _LARGEST_COEFFICIENT, _LARGEST_ROW_FACTOR
+        fits = fits and all(map(_is_in_range, tables, largest))
         working = torch.float32 if fits else wide
         out = result[group.outer, :, group.inner]
         if not means.device_pass.combine(
@@ -251,7 +253,7 @@ class _Means(NamedTuple):
     dtypes: tuple[torch.dtype, ...]  # for Gram matrices, until one is precise
 
     def of(
-        self, group: _Group, linear: torch.Tensor
+        self, group: _Group, linear: torch.Tensor, bounded: bool = False
     ) -> tuple[torch.Tensor, bool, torch.Tensor]:
         """Coefficients `(outer, inner, N)` of a group's vectors, whether float32 is
         enough to combine them, and their Gram matrices. Adds to `linear` `(batch,)` how
@@ -262,7 +264,7 @@ class _Means(NamedTuple):
             in_widest = working == self.dtypes[-1]
             if in_widest:
                 _check(group, gram)
-            mean, unique, precise = self.mean(gram, group.outputs, in_widest)
+            mean, unique, precise = self.mean(gram, group.outputs, in_widest, bounded)
             if precise:
                 break
         linear.index_add_(0, group.outputs, (~unique).sum(-1))
@@ -282,21 +284,20 @@ class _Means(NamedTuple):
         float32 is enough to combine by them. Adds to `linear` as `of` does.
         """
         (batch, _, count), fits = self.shares.shape, True
-        tables, new = [], self.shares.new_zeros
+        tables = []
         for views in levels:
             outer, _, inner, _ = views[0].shape
-            tables.append(new(outer, inner, count))
-            sums = new(matrices, 1, count, count)
+            tables.append(self.shares.new_empty(outer, inner, count))
+            sums = self.shares.new_zeros(matrices, 1, count, count)  # of Gram matrices
             for group in _groups(views, count, batch):
-                mean, precise, gram = self.of(group, linear)
+                mean, precise, gram = self.of(group, linear, bounded=len(levels) > 1)
                 tables[-1][group.outer, group.inner] = mean
                 owners = _owners(group.outer, outer // matrices, gram.device)
                 sums.index_add_(0, owners, gram.sum(1, keepdim=True))
                 fits &= precise
         outputs = _owners(slice(0, matrices), matrices // batch, sums.device)
         refuse_infinite(sums, outputs, "a squared length")
-        unbounded = self._replace(solve=partial(self.solve, bounded=False))
-        whole, unique, precise = unbounded.mean(sums, outputs, in_widest=True)
+        whole, unique, precise = self.mean(sums, outputs, in_widest=True)
         if not precise and len(self.dtypes) > 1:
             widest = self._replace(dtypes=self.dtypes[1:])
             return widest.compare(levels, matrices, contrast, linear.zero_())
@@ -311,7 +312,11 @@ class _Means(NamedTuple):
         return tables, fits
 
     def mean(
-        self, gram: torch.Tensor, outputs: torch.Tensor, in_widest: bool
+        self,
+        gram: torch.Tensor,
+        outputs: torch.Tensor,
+        in_widest: bool,
+        bounded: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Coefficients of vectors by their Gram matrices, computed in the widest dtype
         or in float32; which of them have a unique mean; whether float32 is enough.
@@ -322,10 +327,11 @@ class _Means(NamedTuple):
         enough = (squares >= _LEAST_SQUARE_FLOAT32) & (squares < math.inf)
         if in_widest:
             enough |= squares == 0  # in float32, they may have vanished
-        coefficients, unique = self.solve(gram, shares, antipodal_tolerance=self.near)
+        solve = partial(self.solve, gram, shares, bounded=bounded)
+        coefficients, unique = solve(antipodal_tolerance=self.near)
         precise = bool(unique.all() & enough.all())
         if in_widest and self.near and not unique.all():
-            coefficients, unique = self.solve(gram, shares)
+            coefficients, unique = solve()
         return coefficients, unique, precise
 
 

@@ -69,11 +69,11 @@ def _header(path: str, _modified: int) -> Header:
         ) from None
 
 
-def names_of(model: ModelReference, info: Any) -> list[str]:
-    """The names by which a checkpoint has a weight, none where it does not have it."""
+def name_of(model: ModelReference, info: Any) -> str | None:
+    """The name by which a checkpoint has a weight, if it has it."""
     names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
     paths = LoaderCache().get(model).index.tensor_paths
-    return [name for name in names if name in paths]
+    return next((name for name in names if name in paths), None)
 
 
 # In the names of tensors, each followed by a line break, of quantised checkpoints.

@@ -293,7 +293,7 @@ def test_a_tensor_that_too_few_models_have(lacking, altered, merged, tmp_path):
     def change(name, tensors, _settings):
         tensors[LOOSE] = torch.full((4,), len(name) + 0.0)
         if name == lacking:
-            tensors.pop(LOOSE, None)
+            del tensors[LOOSE]
 
     folder = altered(change)
     with pytest.raises(ConfigError, match=rf"base.*{LOOSE}|{LOOSE}.*base"):

@@ -414,12 +414,8 @@ def copied(
     if not _extremes(result.unsqueeze(0)).to(last).isfinite().all():
         # mergekit may have converted it when it was loaded.
         tensors = getattr(_latest.get(name), "tensors", None)
-        places = sources(tensors) if isinstance(tensors, GatherTensors) else {}
-        originals = (
-            LoaderCache().get(model).get_tensor(key)
-            for model, info in places.items()
-            for key in stored.names_of(model, info)
-        )
+        places = stored_names(tensors) if isinstance(tensors, GatherTensors) else {}
+        originals = (LoaderCache().get(m).get_tensor(n) for m, n in places.items())
         if next(originals, tensor).isfinite().all():
             error = RangeError(0, f"the result is too large for {last}")
             raise parameters.user_error(error, name, [], None)
@@ -478,6 +474,12 @@ def agree(tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
+def stored_names(tensors: Any) -> dict[ModelReference, str]:
+    """The models whose checkpoint has a weight, and its name there."""
+    names = {m: stored.name_of(m, info) for m, info in sources(tensors).items()}
+    return {model: name for model, name in names.items() if name is not None}
+
+
 def _dtype(name: str | None) -> torch.dtype | None:
     return getattr(torch, name.removeprefix("torch.")) if name else None
 
@@ -487,14 +489,10 @@ def _check_integers(
 ) -> None:
     """Refuse integers that differ, or that mergekit would round to one of dtypes."""
     for entry in tensors if integers and dtypes else ():
-        places = [
-            (model, name)
-            for model, info in sources(entry.tensors).items()
-            for name in stored.names_of(model, info)[:1]
-        ]
-        if integers.isdisjoint(name for _, name in places):
+        places = stored_names(entry.tensors)
+        if integers.isdisjoint(places.values()):
             continue
-        first, *rest = (LoaderCache().get(model).get_tensor(n) for model, n in places)
+        first, *rest = (LoaderCache().get(m).get_tensor(n) for m, n in places.items())
         if not agree([first, *rest]):
             raise ConfigError(integers_differ(entry.name))
         for dtype in dtypes:
@@ -510,12 +508,11 @@ def _check_present(entry: Planned, *, warn: bool) -> None:
     """Refuse a weight that some models may lack, and too few have, or warn of it."""
     if not isinstance(entry.tensors, GatherTensors):
         return
-    places = sources(entry.tensors)
-    models = [model for model, info in places.items() if stored.names_of(model, info)]
+    models = list(stored_names(entry.tensors))
     if len(models) == 1 and warn:
         message = "is that of %s, as no other model has it"
         parameters.warn_of_tensor(entry.name, message, models[0])
-    elif 1 < len(models) < len(places):
+    elif 1 < len(models) < len(sources(entry.tensors)):
         parameters.check_models(models, entry.base, tensor=entry.name)
 
 

@@ -21,8 +21,7 @@ import torch
 # take geometry: MIN_WEIGHT_SUM, _GRAM_ROUNDING
 # take passes.portable: _BYTES_CPU, _BYTES_ELSEWHERE
 # take kernel: _GRAM_ENTRIES, _LEAST_SQUARE_FLOAT32, _NEAR_ANTIPODAL
-# and coefficients between these, whose products are neither subnormal nor infinite.
-_COEFFICIENT_RANGE = 1e-18, 1e18
+# take kernel: _LARGEST_COEFFICIENT
 
 
 def merge_vectors(
@@ -110,8 +109,8 @@ def _is_precise(
     squares: torch.Tensor, coefficients: torch.Tensor, unique: torch.Tensor
 ) -> bool:
     """Whether float32 is enough for vectors of these squared lengths."""
-    sizes, (least, most) = coefficients.abs(), _COEFFICIENT_RANGE
-    within = (sizes >= least) & (sizes <= most) | (sizes == 0)
+    sizes, most = coefficients.abs(), _LARGEST_COEFFICIENT
+    within = (sizes >= 1 / most) & (sizes <= most) | (sizes == 0)
     # Of lengths that are infinite, no coefficient is a number.
     return bool(within.all() & unique.all() & (squares >= _LEAST_SQUARE_FLOAT32).all())
 
