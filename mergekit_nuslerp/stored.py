@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 from safetensors import SafetensorError, safe_open
 
 from mergekit_nuslerp.parameters import ConfigError
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
 
 # Of each weight the dtype, by safetensors' name, and the shape.
 Header = dict[str, tuple[str, tuple[int, ...]]]
 
 
+def loader(model: Hashable) -> Any:
+    """What mergekit reads a checkpoint with, from its cache."""
+    # Not above: it imports transformers, which takes seconds, and this module is
+    # imported with mergekit's registry, which does not.
+    from mergekit.io.tasks import LoaderCache
+
+    return LoaderCache().get(model)
+
+
 def shards(model: ModelReference) -> Iterator[tuple[str, Sequence[str]]]:
     """The safetensors files of a model, and what its index says is in them."""
-    index = LoaderCache().get(model).index
+    index = loader(model).index
     for shard in index.shards if index.is_safetensors else ():
         file = os.path.normpath(shard.filename)
         if os.path.isabs(file) or file.startswith(os.pardir):
@@ -44,7 +55,7 @@ def weights(model: ModelReference) -> Header:
 
 def shape(model: ModelReference, name: str) -> tuple[int, ...] | None:
     """The shape of one weight, None where it is not in a safetensors file."""
-    index = LoaderCache().get(model).index
+    index = loader(model).index
     file = index.tensor_paths.get(name) if index.is_safetensors else None
     if file is None:
         return None
@@ -72,7 +83,7 @@ def _header(path: str, _modified: int) -> Header:
 def name_of(model: ModelReference, info: Any) -> str | None:
     """The name by which a checkpoint has a weight, if it has it."""
     names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
-    paths = LoaderCache().get(model).index.tensor_paths
+    paths = loader(model).index.tensor_paths
     return next((name for name in names if name in paths), None)
 
 
@@ -85,7 +96,7 @@ _SCALES = (
 
 def check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
     """Refuse a quantised checkpoint: else its config.json, and tensors of integers."""
-    index, headers = LoaderCache().get(model).index, weights(model)
+    index, headers = loader(model).index, weights(model)
     config = config_of(model)
     dtypes = {dtype for dtype, _ in headers.values()}
     integers = {dtype for dtype in dtypes if dtype[0] in "IUB" and dtype != "BF16"}
@@ -109,14 +120,15 @@ def check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
 def config_of(model: Hashable) -> Mapping[str, Any]:
     """What the config.json of a model says, nothing where there is none to be read."""
     # Only checkpoints that are open: callers of mergekit's functions may have none.
-    is_open = model in LoaderCache.loaders
+    tasks: Any = sys.modules.get("mergekit.io.tasks")
+    is_open = tasks is not None and model in tasks.LoaderCache.loaders
     path = os.path.join(folder(model), "config.json") if is_open else ""
     return _config_at(path, os.stat(path).st_mtime_ns) if os.path.exists(path) else {}
 
 
 def folder(model: Any) -> str:
     """Where a checkpoint lies."""
-    return LoaderCache().get(model).index.base_path
+    return loader(model).index.base_path
 
 
 @lru_cache(maxsize=64)

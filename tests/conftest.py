@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 from contextlib import redirect_stderr, redirect_stdout
@@ -28,6 +29,12 @@ from support import LAYERS, Demo
 SEED = int(os.environ.get("TEST_SEED", 0))
 hypothesis.settings.register_profile("tests", derandomize=SEED == 0)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    """Python looks for garbage faster where it need not look through all modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
@@ -66,6 +67,15 @@ def vectors(shape: Sequence[int], granularity: str) -> Iterator[tuple[Any, ...]]
                 yield (*expert, every, slice(j, j + block))
 
 
+@cache
+def _members(shape: tuple[int, ...], granularity: str) -> torch.Tensor:
+    """Which elements each vector of a weight has, a row each."""
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    return torch.stack(
+        [numbers[place].flatten() for place in vectors(shape, granularity)]
+    )
+
+
 def granularities(shape: Sequence[int]) -> list[str]:
     """Every granularity, with blocks that divide a weight of this shape."""
     rows, columns = shape[-2:] if len(shape) > 1 else (6, 6)
@@ -111,7 +121,7 @@ def _karcher(
     share = weights.unsqueeze(-1)
     mean = _unit((share * units).sum(-2))
     moving = torch.ones(len(units), dtype=torch.bool)
-    for _ in range(20000):
+    for _ in range(4000):
         here = mean[moving]
         step = (share * log_maps(here, units[moving])).sum(-2)
         size = step.norm(dim=-1, keepdim=True)
@@ -230,11 +240,9 @@ def _level(
     tolerance: float,
     bounded: bool = False,
 ) -> _Level:
-    places = list(vectors(moved[0].shape, kind))
-    rows = torch.stack(
-        [torch.stack([v[place].flatten() for place in places]) for v in moved], 1
-    )
-    _, models, elements = rows.shape
+    members = _members(tuple(moved[0].shape), kind)
+    rows = torch.stack([v.flatten()[members] for v in moved], 1)
+    elements = rows.shape[-1]
     length, _, direction = _directions(rows, weights, tolerance)
     mean, c, condition, _, unique = direction
     errors = torch.maximum(c.abs(), weights).amax(-1).clamp(min=1) / condition
@@ -255,12 +263,9 @@ def _level(
         c, errors = scale * c, scale * errors
     c = torch.where(unique.unsqueeze(-1), c, weights)
     errors = torch.where(unique.unsqueeze(-1), errors, 1)
-    spread = [torch.stack([torch.zeros_like(v) for v in moved]) for _ in range(2)]
-    for n, place in enumerate(places):
-        for model in range(models):
-            spread[0][model][place] = c[n, model]
-            spread[1][model][place] = errors[n, model]
-    return _Level(*spread, int((~unique).sum()))
+    owner = torch.empty(moved[0].shape, dtype=torch.int64)
+    owner.view(-1)[members] = torch.arange(len(members)).unsqueeze(-1)
+    return _Level(c.T[:, owner], errors.T[:, owner], int((~unique).sum()))
 
 
 def _with_profiles(
@@ -318,12 +323,13 @@ def reference(
     origin = torch.zeros_like(tensors[0]) if base is None else base
     origin = origin.detach().double()
     moved = [tensor.detach().double() - origin for tensor in tensors]
-    value, sensitivity = origin.clone(), origin.abs()
+    value = origin.clone(memory_format=torch.contiguous_format)
+    sensitivity = value.abs()
     if not value.numel():
         return Reference(value, sensitivity, 0)
-    places = list(vectors(value.shape, granularity))
+    members = _members(tuple(value.shape), granularity.removesuffix("*column"))
     if value.dim() > 1 and (
-        granularity == "row*column" or (contrast != 1 and len(places) > 1)
+        granularity == "row*column" or (contrast != 1 and len(members) > 1)
     ):
         weighed = torch.tensor(shares, dtype=torch.float64)
         merged, terms, linear = _with_profiles(
@@ -331,16 +337,14 @@ def reference(
         )
         felt = sensitivity + abs(lambda_) * terms
         return Reference(value + lambda_ * merged, felt, linear)
-    rows = [torch.stack([v[place].flatten() for place in places]) for v in moved]
     merged, terms, unique = _merge(
-        torch.stack(rows, 1),
+        torch.stack([v.flatten()[members] for v in moved], 1),
         torch.tensor(shares, dtype=torch.float64),
         magnitude,
         tolerance,
     )
-    for place, row, term in zip(places, lambda_ * merged, abs(lambda_) * terms):
-        value[place] += row.view_as(value[place])
-        sensitivity[place] += term.view_as(value[place])
+    value.view(-1)[members] += lambda_ * merged
+    sensitivity.view(-1)[members] += abs(lambda_) * terms
     return Reference(value, sensitivity, int((~unique).sum()))
 
 

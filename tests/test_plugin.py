@@ -89,6 +89,20 @@ def test_import_torch_prints_nothing_and_loads_only_the_hook():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_importing_mergekit_s_methods_loads_no_more_than_without_the_plugin():
+    """Of what takes seconds: mergekit 0.1.5 itself needs transformers only to plan."""
+    code = (
+        "import sys\n"
+        "from mergekit import merge_methods as m\n"
+        "mine = type(m.get('nuslerp')).__module__.startswith('mergekit_nuslerp')\n"
+        "print(mine, *sorted({'transformers', 'peft'} & set(sys.modules)))"
+    )
+    on, *loaded = python(code).stdout.split()
+    off, *without = python(code, MERGEKIT_NUSLERP="0").stdout.split()
+    assert (on, off) == ("True", "False")
+    assert loaded == without
+
+
 OTHERS = sorted({path.name for path in PACKAGE.rglob("*.py")} - {"__init__.py"})
 
 # Asks for two methods, and plans by one of them.

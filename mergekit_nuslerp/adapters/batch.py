@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from mergekit.architecture import WeightInfo
 from mergekit.merge_methods.base import (
     BasePolicy,
     BatchedMergeMethod,
@@ -24,7 +23,6 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 from mergekit.merge_methods.batching import prepare_batches
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from pydantic_core import core_schema
 
 from mergekit_nuslerp import __version__, parameters
@@ -32,6 +30,10 @@ from mergekit_nuslerp.adapters import planning
 from mergekit_nuslerp.adapters.planning import Planned
 from mergekit_nuslerp.parameters import DEFAULTS, WORDS
 from mergekit_nuslerp.plugin import announce_merge
+
+if TYPE_CHECKING:
+    from mergekit.architecture import WeightInfo
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 # Whether a slice of one model is that model, and whether parameters may be words.
 PASSES_ON, TAKES_WORDS = False, True
@@ -159,6 +161,8 @@ def _loaded(group: TensorGroup, bound: dict[str, Any]) -> Planned:
 
 def planned(task: Any) -> Planned | None:
     """What mergekit plans for one weight, None if it is not merged."""
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
     if not isinstance(task, ExecuteMergeMethodTask):
         return None
     weights = [
@@ -181,6 +185,8 @@ def make_task(
     *, tensors: Any, tensor_parameters: Any, **more: Any
 ) -> ExecuteMergeMethodTask:
     """What merges one weight."""
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
     return ExecuteMergeMethodTask(
         method_name="nuslerp",
         gather_tensors=tensors,

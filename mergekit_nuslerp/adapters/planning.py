@@ -17,11 +17,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from mergekit.common import ModelReference
-from mergekit.io.tasks import GatherTensors, LoaderCache
 from pydantic import ValidationError
 
 from mergekit_nuslerp import METHODS, heads, parameters, plugin, stored
@@ -35,6 +33,9 @@ from mergekit_nuslerp.kernel import (
     refuse_infinite,
 )
 from mergekit_nuslerp.parameters import LOG, WORDS, ConfigError, tensor_label
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
 
 # Each as the module, the class and its method that is wrapped.
 SEAMS = {
@@ -414,17 +415,24 @@ def copied(
     if not _extremes(result.unsqueeze(0)).to(last).isfinite().all():
         # mergekit may have converted it when it was loaded.
         tensors = getattr(_latest.get(name), "tensors", None)
-        places = stored_names(tensors) if isinstance(tensors, GatherTensors) else {}
-        originals = (LoaderCache().get(m).get_tensor(n) for m, n in places.items())
+        places = stored_names(tensors) if _gathers(tensors) else {}
+        originals = (stored.loader(m).get_tensor(n) for m, n in places.items())
         if next(originals, tensor).isfinite().all():
             error = RangeError(0, f"the result is too large for {last}")
             raise parameters.user_error(error, name, [], None)
     return result
 
 
+def _gathers(tensors: Any) -> bool:
+    """Whether it is mergekit's task that gathers a weight as the models have it."""
+    from mergekit.io.tasks import GatherTensors
+
+    return isinstance(tensors, GatherTensors)
+
+
 def sources(tensors: Any) -> Mapping[ModelReference, Any]:
     """The models that mergekit's task gathers a weight from, and where it is there."""
-    if not isinstance(tensors, GatherTensors):
+    if not _gathers(tensors):
         tensors = getattr(tensors, "gather_tensors", tensors)
     return tensors.weight_info if hasattr(tensors, "weight_info") else tensors.tensors
 
@@ -492,7 +500,7 @@ def _check_integers(
         places = stored_names(entry.tensors)
         if integers.isdisjoint(places.values()):
             continue
-        first, *rest = (LoaderCache().get(m).get_tensor(n) for m, n in places.items())
+        first, *rest = (stored.loader(m).get_tensor(n) for m, n in places.items())
         if not agree([first, *rest]):
             raise ConfigError(integers_differ(entry.name))
         for dtype in dtypes:
@@ -506,7 +514,7 @@ def _check_integers(
 
 def _check_present(entry: Planned, *, warn: bool) -> None:
     """Refuse a weight that some models may lack, and too few have, or warn of it."""
-    if not isinstance(entry.tensors, GatherTensors):
+    if not _gathers(entry.tensors):
         return
     models = list(stored_names(entry.tensors))
     if len(models) == 1 and warn:
@@ -525,7 +533,7 @@ def integers_differ(tensor: str) -> str:
 
 def stored_shape(tensors: Any) -> tuple[int, ...] | None:
     """The shape of a weight that is still to be read, as far as it is known."""
-    if not isinstance(tensors, GatherTensors):
+    if not _gathers(tensors):
         return None  # a tokenizer changes embeddings
     model, info = next(iter(sources(tensors).items()))
     return stored.shape(model, info.name)

@@ -18,15 +18,8 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define CLONES /* the same code for each generation of processors */ \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
 
 namespace {
-
 using Index = std::int64_t;
 using Bits = std::uint32_t;
 
@@ -36,7 +29,6 @@ constexpr Index WIDTH = 1024;          // elements of a tile's row across it, at
 constexpr Index ROWS = 16;             // of a tile across memory
 constexpr Index BLOCK = 1 << 16;       // elements of a block along memory
 constexpr Index PARTS = 64;            // blocks of a job across memory, at least
-constexpr Index REGISTER = 64;         // bytes, at most
 
 INLINE Index ceil(Index a, Index b) { return (a + b - 1) / b; }
 struct BFloat16 { std::uint16_t bits; }; struct Float16 { std::uint16_t bits; };
@@ -46,8 +38,7 @@ template <class To, class From> INLINE To bits_as(From from) {
   return to;
 }
 
-INLINE double widen(double x) { return x; }
-INLINE float widen(float x) { return x; }
+template <class W> INLINE W widen(W x) { return x; }
 INLINE float widen(BFloat16 x) { return bits_as<float>(Bits(x.bits) << 16); }
 INLINE float widen(Float16 x) {
   Bits sign = Bits(x.bits & 0x8000) << 16, size = x.bits & 0x7fff;
@@ -163,17 +154,15 @@ INLINE Index read(const Job& job, const Block& block, Index o, Index row, W* to)
   return count;
 }
 
-// Products of a tile's rows for each pair of models, added up by columns: one register
-// of them along memory, and all of the tile's width across it.
-template <class S, class W>
+// Products of a tile's rows for each pair of models, added up by columns: one register,
+// of LANES numbers, along memory, and all of the tile's width across it.
+template <class S, class W, Index LANES>
 INLINE void gram(Job& job, const Block& block, double* sums) {
-  constexpr Index LANES = REGISTER / sizeof(W);
-  typedef W Vector __attribute__((vector_size(REGISTER)));
-  typedef double Wide __attribute__((vector_size(REGISTER / sizeof(W) * 8)));
+  typedef W Vector __attribute__((vector_size(LANES * sizeof(W))));
   Index N = job.models, columns = job.along ? LANES : job.tile;
   Index each = job.along ? columns : block.width, size = job.rows * job.tile;
   Index pairs = N * (N + 1) / 2, strips = job.along ? 4 : columns / LANES;
-  W* tile = reinterpret_cast<W*>(sums + pairs * columns);
+  W* tile = reinterpret_cast<W*>(sums + pairs * columns), *totals = tile + (N + 1) * size;
   for (Index o = block.outer; o < block.outer_stop; o++) {
     std::fill_n(sums, pairs * columns, 0.0);
     for (Index r = block.start; r < block.stop; r += job.rows) {
@@ -181,9 +170,8 @@ INLINE void gram(Job& job, const Block& block, double* sums) {
       for (Index n = 0; n < rows; n++)
         count = read<S>(job, block, o, r + n, tile + n * job.tile);
       if (job.along) rows = ceil(count, 4 * LANES), count = LANES;
-      Wide* sum = reinterpret_cast<Wide*>(sums);
-      for (Index i = 0; i < N; i++)
-        for (Index j = i; j < N; j++, sum += columns / LANES)
+      for (Index i = 0, pair = 0; i < N; i++)
+        for (Index j = i; j < N; j++, pair += columns)
           for (Index c = 0; c * LANES < count; c += 4) {
             const Vector* a = reinterpret_cast<const Vector*>(tile + i * size) + c;
             const Vector* b = reinterpret_cast<const Vector*>(tile + j * size) + c;
@@ -191,8 +179,9 @@ INLINE void gram(Job& job, const Block& block, double* sums) {
             for (Index n = 0; n < rows * strips; n += strips)
               for (Index l = 0; l < 4; l++) s[l] += a[n + l] * b[n + l];
             if (job.along) s[0] = (s[0] + s[1]) + (s[2] + s[3]);
-            for (Index l = 0; l < (job.along ? 1 : 4); l++)
-              sum[c + l] += __builtin_convertvector(s[l], Wide);
+            for (Index l = 0; l < 4; l++) reinterpret_cast<Vector*>(totals)[l] = s[l];
+            double* to = sums + pair + c * LANES;
+            for (Index k = 0; k < (job.along ? 1 : 4) * LANES; k++) to[k] += totals[k];
           }
     }
     for (Index v = 0; v < block.inners; v++) {
@@ -233,19 +222,30 @@ INLINE void combine(Job& job, const Block& block, double* scratch) {
   }
 }
 
-template <class S, class W> INLINE void step(Job& job, const Block& block, double* to) {
-  job.coefficients ? combine<S, W>(job, block, to) : gram<S, W>(job, block, to);
-}
-CLONES void step(Job& job, const Block& block, double* scratch) {
+// With registers of so many bytes. Wider ones than a processor has are slow.
+template <Index BYTES> INLINE void step(Job& job, const Block& block, double* to) {
+#define CASE(N, S, W) case N: return job.coefficients ? \
+    combine<S, W>(job, block, to) : gram<S, W, BYTES / sizeof(W)>(job, block, to);
   switch (2 * job.stored + job.in_double) {
-    case 0: return step<BFloat16, float>(job, block, scratch);
-    case 1: return step<BFloat16, double>(job, block, scratch);
-    case 2: return step<Float16, float>(job, block, scratch);
-    case 3: return step<Float16, double>(job, block, scratch);
-    case 5: return step<float, double>(job, block, scratch);
-    case 7: return step<double, double>(job, block, scratch);
+    CASE(0, BFloat16, float) CASE(1, BFloat16, double) CASE(2, Float16, float)
+    CASE(3, Float16, double) CASE(5, float, double) CASE(7, double, double)
   }
 }
+using Step = void(Job&, const Block&, double*);
+void step_16(Job& job, const Block& block, double* to) { step<16>(job, block, to); }
+#ifdef __x86_64__
+#define HAS(feature) __builtin_cpu_supports(feature)
+__attribute__((target("avx2,fma,bmi2")))
+void step_32(Job& job, const Block& block, double* to) { step<32>(job, block, to); }
+__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl")))
+void step_64(Job& job, const Block& block, double* to) { step<64>(job, block, to); }
+Step* best_step() {
+  if (!HAS("avx2") || !HAS("fma") || !HAS("bmi2")) return step_16;
+  return HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") ? step_64 : step_32;
+}
+#else
+Step* best_step() { return step_16; }
+#endif
 
 // Ask for large pages where the result is new: the system has them ready much faster.
 void advise(const Job& job) {
@@ -269,7 +269,7 @@ void run(Job& job, Index threads) {
   std::atomic<Index> next{0};
   auto work = [&](Index thread) {
     for (Index n; (n = next++) < job.blocks;)
-      step(job, job.block(n), scratch[thread * lines].numbers);
+      best_step()(job, job.block(n), scratch[thread * lines].numbers);
   };
   std::vector<std::thread> others;
   others.reserve(threads);
