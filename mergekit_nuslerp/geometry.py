@@ -86,7 +86,7 @@ def mean_coefficients(
             `"geometric"` the product of |v_i|^w_i.
         antipodal_tolerance: vectors with `1 + cos(theta)` up to this are antipodal, as
             they are up to the rounding of `gram`'s dtype. Karcher means are found up
-            to 1.5e-8 times this (in float64), or to rounding.
+            to 1e-6 times this, or to rounding.
         bounded: where the c_i v_i nearly cancel, so that their lengths sum to more than
             4 times that of the mean, scale all c_i down until they do not.
 
@@ -226,8 +226,8 @@ def karcher_coefficients(
     Args:
         cosines: `(N, N, ...)`, models first.
         weights: `(N, ...)`, none negative, summing to one.
-        bound: vectors with `1 + cos(theta)` up to this are antipodal. At the mean, the
-            log maps sum up to at most sqrt(eps) times this, or to rounding.
+        bound: vectors with `1 + cos(theta)` up to this are antipodal. The c_i are found
+            up to some 1e-6 times this, or to rounding.
 
     Returns:
         The c_i, `(N, ...)`, and `(...)`, whether there is a unique mean direction.
@@ -239,7 +239,6 @@ def karcher_coefficients(
         splines and interpolation", ACM Transactions on Graphics 20(2), 2001.
     """
     epsilon = torch.finfo(cosines.dtype).eps
-    tolerance = max(_GRAM_ROUNDING * epsilon, bound * epsilon**0.5)
     cosines = _FirstOrder.apply(cosines, 1)
     with torch.no_grad():
         counts = weights != 0
@@ -249,6 +248,8 @@ def karcher_coefficients(
         for _ in range(_MAX_STEPS):
             solution, total, smallest, step = _log_maps(point, cosines, weights)
             residual = total.abs().amax(0)
+            # What is left of the log maps is felt by the inverse of that eigenvalue.
+            tolerance = (1e-6 * bound * smallest).clamp(min=_GRAM_ROUNDING * epsilon)
             converged = converged | (residual <= tolerance)
             if converged.all():
                 break
