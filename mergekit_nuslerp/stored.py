@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -119,9 +118,10 @@ def check_checkpoint(model: ModelReference) -> tuple[Any, set[str]]:
 
 def config_of(model: Hashable) -> Mapping[str, Any]:
     """What the config.json of a model says, nothing where there is none to be read."""
+    from mergekit.io.tasks import LoaderCache
+
     # Only checkpoints that are open: callers of mergekit's functions may have none.
-    tasks: Any = sys.modules.get("mergekit.io.tasks")
-    is_open = tasks is not None and model in tasks.LoaderCache.loaders
+    is_open = model in LoaderCache.loaders
     path = os.path.join(folder(model), "config.json") if is_open else ""
     return _config_at(path, os.stat(path).st_mtime_ns) if os.path.exists(path) else {}
 

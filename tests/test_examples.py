@@ -118,7 +118,7 @@ EXPECTED: dict[str, Callable[[str], Expected]] = {
 
 # Starting the command takes longer than all the merges together, so the other
 # examples are merged in this process.
-BY_COMMAND = {"medswin.yaml"}
+BY_COMMAND = {"medswin.yaml", "rows_and_columns.yaml"}
 
 MODELS = ("base", "sft", "kd")
 MODELS_OF = {

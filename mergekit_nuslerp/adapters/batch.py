@@ -33,7 +33,6 @@ from mergekit_nuslerp.plugin import announce_merge
 
 if TYPE_CHECKING:
     from mergekit.architecture import WeightInfo
-    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 # Whether a slice of one model is that model, and whether parameters may be words.
 PASSES_ON, TAKES_WORDS = False, True
@@ -181,9 +180,7 @@ def aligned(_info: WeightInfo, tensors: dict[Any, Any]) -> dict[Any, Any]:
     return tensors
 
 
-def make_task(
-    *, tensors: Any, tensor_parameters: Any, **more: Any
-) -> ExecuteMergeMethodTask:
+def make_task(*, tensors: Any, tensor_parameters: Any, **more: Any) -> Any:
     """What merges one weight."""
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 

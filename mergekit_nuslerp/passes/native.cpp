@@ -267,9 +267,9 @@ void run(Job& job, Index threads) {
   Index lines = (pairs + vectors * job.rows) * job.tile / 8;
   std::vector<Line> scratch(threads * lines);
   std::atomic<Index> next{0};
-  auto work = [&](Index thread) {
+  auto work = [&, step = best_step()](Index thread) {
     for (Index n; (n = next++) < job.blocks;)
-      best_step()(job, job.block(n), scratch[thread * lines].numbers);
+      step(job, job.block(n), scratch[thread * lines].numbers);
   };
   std::vector<std::thread> others;
   others.reserve(threads);
