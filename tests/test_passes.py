@@ -313,6 +313,16 @@ def test_what_is_beyond_the_largest_number_is_reported(one_pass, dtype, layout):
             assert out.view(-1)[-1] == (sign * number.max if fits else sign * math.inf)
 
 
+@pytest.mark.parametrize("place", [0, 2**20, -1])
+def test_it_is_reported_wherever_it_is(one_pass, place):
+    """Of a view that is worked on in several parts."""
+    ones = torch.ones(1, 2**11, 1, 2**10, dtype=torch.bfloat16)
+    factors, out = torch.full((1, 1, 1), 2.0, dtype=torch.float64), ones.clone()
+    assert one_pass.combine([ones], None, factors, out, torch.float32)
+    ones.view(-1)[place] = torch.finfo(ones.dtype).max
+    assert not one_pass.combine([ones], None, factors, out, torch.float32)
+
+
 # --- memory ----------------------------------------------------------------------
 
 

@@ -16,6 +16,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -31,26 +34,22 @@ constexpr Index BLOCK = 1 << 16;       // elements of a block along memory
 constexpr Index PARTS = 64;            // blocks of a job across memory, at least
 
 INLINE Index ceil(Index a, Index b) { return (a + b - 1) / b; }
-struct BFloat16 { std::uint16_t bits; }; struct Float16 { std::uint16_t bits; };
-template <class To, class From> INLINE To bits_as(From from) {
-  To to;
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
-}
+template <Bits EXPONENT> struct Half { std::uint16_t bits; };  // that of infinity
+using BFloat16 = Half<0x7f80>; using Float16 = Half<0x7c00>;
+template <class To, class From>
+INLINE To bits_as(From from) { To to; return __builtin_memcpy(&to, &from, 4), to; }
 
 template <class W> INLINE W widen(W x) { return x; }
 INLINE float widen(BFloat16 x) { return bits_as<float>(Bits(x.bits) << 16); }
 INLINE float widen(Float16 x) {
-  Bits sign = Bits(x.bits & 0x8000) << 16, size = x.bits & 0x7fff;
   // Exponents are 112 less than those of float, and that of infinity and NaN is 31.
-  Bits normal = (size << 13) + (size < 0x7c00 ? 112u << 23 : 224u << 23);
-  Bits subnormal = bits_as<Bits>(float(std::int32_t(size)) * 0x1p-24f);
-  return bits_as<float>(sign | (size < 0x0400 ? subnormal : normal));
+  Bits size = x.bits & 0x7fff, more = size < 0x7c00 ? 112u << 23 : 224u << 23;
+  float normal = bits_as<float>((size << 13) + more), sign = x.bits >> 15 ? -1 : 1;
+  return sign * (normal + std::min(normal - 0x1p-14f, 0.0f));  // or subnormal
 }
 
 // To the nearest, ties to even.
-INLINE void narrow(double x, double& to) { to = x; }
-INLINE void narrow(double x, float& to) { to = float(x); }
+template <class S> INLINE void narrow(double x, S& to) { to = S(x); }
 INLINE void narrow(float x, BFloat16& to) {
   Bits bits = bits_as<Bits>(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
   to.bits = std::uint16_t(x == x ? rounded >> 16 : 0x7fc0);
@@ -60,15 +59,17 @@ INLINE void narrow(float x, Float16& to) {
   Bits normal = (size + 0xfff + (size >> 13 & 1) - (112u << 23)) >> 13;
   // The last place of a float near one half is the smallest subnormal number.
   Bits subnormal = bits_as<Bits>(bits_as<float>(size) + 0.5f) - 0x3f000000;
-  Bits large = size > 0x7f800000 ? 0x7e00 : 0x7c00;
-  Bits half = size < 113u << 23 ? subnormal : size < 143u << 23 ? normal : large;
-  to.bits = std::uint16_t((bits >> 16 & 0x8000) | half);
+  Bits half = size < 113u << 23 ? subnormal : size < 143u << 23 ? normal : 0x7c00;
+  to.bits = std::uint16_t((bits >> 16 & 0x8000) | half | (x == x ? 0 : 0x200));
 }
-template <class S> INLINE void narrow(double x, S& to) { narrow(float(x), to); }
+template <Bits E> INLINE void narrow(double x, Half<E>& to) { narrow(float(x), to); }
 
-INLINE bool finite(BFloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
-INLINE bool finite(Float16 x) { return (x.bits & 0x7c00) != 0x7c00; }
+template <Bits E> INLINE bool finite(Half<E> x) { return (x.bits & E) != E; }
 template <class S> INLINE bool finite(S x) { return x - x == 0; }
+
+// Returns how many elements of a row it converted, by instructions that come with AVX2.
+template <bool AVX2, class From, class To>
+Index convert(const From*, To*, Index) { return 0; }
 
 // As native.py passes them. A view is (outer, length, inner, width), and its last two
 // dimensions are contiguous.
@@ -82,8 +83,7 @@ struct Block {
   Index outer, outer_stop;  // more than one only of whole vectors along memory
   Index start, stop;        // rows
   Index inner, inners;      // more than one only of whole widths
-  Index column, width;
-  Index part;  // which of the vectors' blocks this is
+  Index column, width, part;  // the last: which of the vectors' blocks this is
 };
 
 // Vectors that lie in one piece are seen as rows of a tile's width, the last shorter.
@@ -93,7 +93,7 @@ struct Job : Sizes {
   Index rows, tile, last;      // rows of a tile, their width, and the last row's along
   Index splits, runs, parts;   // of the width, of the rows, and of both
   Index outer_step, inner_step, inner_steps, blocks;
-  double* grams = nullptr;     // (part, outer, inner, models, models)
+  std::vector<double> grams;   // (part, outer, inner, models, models)
   const double* coefficients;  // (outer, inner, models), rows' (outer, length, models)
   void* result;
   std::atomic<bool> infinite{false};
@@ -116,6 +116,7 @@ struct Job : Sizes {
     runs = along ? ceil(length * tile, BLOCK) : PARTS / (outer * inner_steps * splits);
     runs = std::clamp<Index>(runs, 1, most), parts = runs * splits;
     blocks = ceil(outer, outer_step) * parts * inner_steps;
+    if (!c) grams.resize(parts * outer * inner * models * models);
   }
   Block block(Index n) const {
     Index i = n % inner_steps * inner_step, part = n / inner_steps % parts;
@@ -135,7 +136,7 @@ struct Job : Sizes {
 
 // One row of each model with the base taken off, then the base's or zeros; zeros fill
 // the last registers. Asks ahead, as processors do not foresee so many streams.
-template <class S, class W>
+template <bool AVX2, class S, class W>
 INLINE Index read(const Job& job, const Block& block, Index o, Index row, W* to) {
   Index offset = job.offset(block, o, row), count = job.count(block, row);
   Index next = offset + 2 * job.length_stride, stride = job.rows * job.tile;
@@ -145,10 +146,12 @@ INLINE Index read(const Job& job, const Block& block, Index o, Index row, W* to)
     const S* __restrict x = static_cast<const S*>(job.inputs[m]);
     W* __restrict wide = to + m * stride;
     for (Index k = 0; k < count; k += 64 / sizeof(S)) __builtin_prefetch(x + next + k);
-    if (m < job.models && job.has_base)
-      for (Index k = 0; k < count; k++) wide[k] = W(widen(x[offset + k])) - origin[k];
-    else
-      for (Index k = 0; k < count; k++) wide[k] = W(widen(x[offset + k]));
+    Index k = convert<AVX2>(x + offset, wide, count);
+    if (m < job.models && job.has_base) {
+      for (Index n = 0; n < k; n++) wide[n] -= origin[n];
+      for (; k < count; k++) wide[k] = W(widen(x[offset + k])) - origin[k];
+    } else
+      for (; k < count; k++) wide[k] = W(widen(x[offset + k]));
     for (Index k = count; k % 64; k++) wide[k] = 0;
   }
   return count;
@@ -156,7 +159,7 @@ INLINE Index read(const Job& job, const Block& block, Index o, Index row, W* to)
 
 // Products of a tile's rows for each pair of models, added up by columns: one register,
 // of LANES numbers, along memory, and all of the tile's width across it.
-template <class S, class W, Index LANES>
+template <class S, class W, Index BYTES, Index LANES = BYTES / sizeof(W)>
 INLINE void gram(Job& job, const Block& block, double* sums) {
   typedef W Vector __attribute__((vector_size(LANES * sizeof(W))));
   Index N = job.models, columns = job.along ? LANES : job.tile;
@@ -168,7 +171,7 @@ INLINE void gram(Job& job, const Block& block, double* sums) {
     for (Index r = block.start; r < block.stop; r += job.rows) {
       Index rows = std::min(job.rows, block.stop - r), count = 0;
       for (Index n = 0; n < rows; n++)
-        count = read<S>(job, block, o, r + n, tile + n * job.tile);
+        count = read<(BYTES > 16), S>(job, block, o, r + n, tile + n * job.tile);
       if (job.along) rows = ceil(count, 4 * LANES), count = LANES;
       for (Index i = 0, pair = 0; i < N; i++)
         for (Index j = i; j < N; j++, pair += columns)
@@ -186,7 +189,7 @@ INLINE void gram(Job& job, const Block& block, double* sums) {
     }
     for (Index v = 0; v < block.inners; v++) {
       Index vector = (block.part * job.outer + o) * job.inner + block.inner + v;
-      double *to = job.grams + vector * N * N, *from = sums + v * each;
+      double *to = &job.grams[vector * N * N], *from = sums + v * each;
       for (Index i = 0; i < N; i++)
         for (Index j = i; j < N; j++, from += columns)
           to[i * N + j] = to[j * N + i] = std::accumulate(from, from + each, 0.0);
@@ -194,28 +197,30 @@ INLINE void gram(Job& job, const Block& block, double* sums) {
   }
 }
 
-template <class S, class W>
+template <class S, class W, Index BYTES>
 INLINE void combine(Job& job, const Block& block, double* scratch) {
   W *factors = reinterpret_cast<W*>(scratch), *tile = factors + job.models * job.tile;
   const double* rows = job.coefficients + job.outer * job.inner * job.models;
-  Index along = job.along, has_rows = job.has_rows, each = along ? 1 : block.width;
+  Index along = job.along, width = along ? 1 : block.width;
   for (Index o = block.outer; o < block.outer_stop; o++) {
     const double* c = job.coefficients + (o * job.inner + block.inner) * job.models;
     for (Index v = 0; v < block.inners; v++)
       for (Index m = 0; m < job.models; m++)
-        std::fill_n(factors + m * job.tile + v * each, each, W(*c++));
+        std::fill_n(factors + m * job.tile + v * width, width, W(*c++));
     for (Index r = block.start; r < block.stop; r++) {
-      Index count = read<S>(job, block, o, r, tile);
+      Index count = read<(BYTES > 16), S>(job, block, o, r, tile);
       W* __restrict total = tile + job.models * job.tile;
+      const double* row = job.has_rows ? rows + (o * job.length + r) * job.models : 0;
       for (Index m = 0; m < job.models; m++) {
         const W *__restrict x = tile + m * job.tile, *f = factors + m * job.tile;
-        W row = has_rows ? W(rows[(o * job.length + r) * job.models + m]) : W(1);
-        for (Index k = 0; k < count; k++)
-          total[k] += (has_rows ? row * f[k] : f[along ? 0 : k]) * x[k];
+        W each = along ? *f : W(row ? row[m] : 1);
+        if (along) for (Index k = 0; k < count; k++) total[k] += each * x[k];
+        else for (Index k = 0; k < count; k++) total[k] += each * f[k] * x[k];
       }
       S* __restrict to = static_cast<S*>(job.result) + job.offset(block, o, r);
       Bits infinite = 0;
-      for (Index k = 0; k < count; k++) narrow(total[k], to[k]);
+      Index k = convert<(BYTES > 16)>(total, to, count);
+      for (; k < count; k++) narrow(total[k], to[k]);
       for (Index k = 0; k < count; k++) infinite |= !finite(to[k]);
       if (infinite) job.infinite = true;
     }
@@ -225,7 +230,7 @@ INLINE void combine(Job& job, const Block& block, double* scratch) {
 // With registers of so many bytes. Wider ones than a processor has are slow.
 template <Index BYTES> INLINE void step(Job& job, const Block& block, double* to) {
 #define CASE(N, S, W) case N: return job.coefficients ? \
-    combine<S, W>(job, block, to) : gram<S, W, BYTES / sizeof(W)>(job, block, to);
+    combine<S, W, BYTES>(job, block, to) : gram<S, W, BYTES>(job, block, to);
   switch (2 * job.stored + job.in_double) {
     CASE(0, BFloat16, float) CASE(1, BFloat16, double) CASE(2, Float16, float)
     CASE(3, Float16, double) CASE(5, float, double) CASE(7, double, double)
@@ -234,6 +239,13 @@ template <Index BYTES> INLINE void step(Job& job, const Block& block, double* to
 using Step = void(Job&, const Block&, double*);
 void step_16(Job& job, const Block& block, double* to) { step<16>(job, block, to); }
 #ifdef __x86_64__
+#define CONVERT(From, To, EIGHT) template <> __attribute__((target("avx,f16c"))) \
+  Index convert<true>(const From* from, To* to, Index count) { \
+    Index k = 0; for (; k + 8 <= count; k += 8) EIGHT; return k; }
+CONVERT(Float16, float, _mm256_storeu_ps(to + k, _mm256_cvtph_ps(
+    _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k)))))
+CONVERT(float, Float16, _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k),
+    _mm256_cvtps_ph(_mm256_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT)))
 #define HAS(feature) __builtin_cpu_supports(feature)
 __attribute__((target("avx2,fma,bmi2")))
 void step_32(Job& job, const Block& block, double* to) { step<32>(job, block, to); }
@@ -246,18 +258,6 @@ Step* best_step() {
 #else
 Step* best_step() { return step_16; }
 #endif
-
-// Ask for large pages where the result is new: the system has them ready much faster.
-void advise(const Job& job) {
-#ifdef MADV_HUGEPAGE
-  Block block = job.block(job.blocks - 1);
-  Index end = job.offset(block, job.outer - 1, job.length - 1);
-  Index bytes = (end + job.count(block, job.length - 1)) *
-                (job.stored < 2 ? 2 : 4 * (job.stored - 1));
-  char* start = static_cast<char*>(job.result) + -std::uintptr_t(job.result) % 4096;
-  if (bytes > 1 << 21) madvise(start, bytes - 4096, MADV_HUGEPAGE);
-#endif
-}
 
 struct alignas(64) Line { double numbers[8]; };
 // Take all blocks through their step, in threads that begin and end here.
@@ -286,15 +286,15 @@ void run(Job& job, Index threads) {
 extern "C" int nuslerp(const void* const* inputs, const Sizes* sizes,
                        const double* coefficients, void* result, Index threads) try {
   Job job(inputs, *sizes, coefficients, result);
-  Index size = coefficients ? 0 : job.outer * job.inner * job.models * job.models;
-  std::vector<double> grams(job.parts * size);
-  job.grams = grams.data();
-  if (coefficients) advise(job);
+#ifdef MADV_HUGEPAGE
+  // The system has large pages ready much faster, where the result is new.
+  Index each = sizes->stored < 2 ? 2 : 4 * (sizes->stored - 1);
+  Index bytes = sizes->outer * sizes->length * sizes->inner * sizes->width * each;
+  char* start = static_cast<char*>(result) + -std::uintptr_t(result) % 4096;
+  if (coefficients && bytes > 1 << 21) madvise(start, bytes - 4096, MADV_HUGEPAGE);
+#endif
   run(job, threads);
-  for (Index part = 0; part < job.parts; part++)
-    for (Index n = 0; n < size; n++)
-      static_cast<double*>(result)[n] += grams[part * size + n];
+  for (Index n = 0, size = job.grams.size(), part = size / job.parts; n < size; n++)
+    static_cast<double*>(result)[n % part] += job.grams[n];
   return job.infinite;
-} catch (const std::bad_alloc&) {
-  return 2;
-}
+} catch (const std::bad_alloc&) { return 2; }

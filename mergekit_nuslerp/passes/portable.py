@@ -17,7 +17,7 @@ from mergekit_nuslerp.granularity import pieces
 
 # Memory for a piece. On a CPU it should stay in the cache; elsewhere work on a piece
 # must take longer than starting it.
-_BYTES_CPU = 3 * 2**20
+_BYTES_CPU = 6 * 2**20
 _BYTES_ELSEWHERE = 128 * 2**20
 
 
@@ -55,7 +55,7 @@ def gram(
     total = torch.zeros(shape, dtype=wide_dtype(device), device=device)
     for piece, vectors, _, buffer in _pieces(inputs, base, dtype):
         terms = (torch.mul(vectors[i], vectors[j], out=buffer) for i, j in pairs)
-        total[:, piece[0], piece[2]] += torch.stack([x.sum((1, 3)) for x in terms])
+        total[:, piece[0], piece[2]].add_(torch.stack([x.sum((1, 3)) for x in terms]))
     order = [pairs.index((min(p), max(p))) for p in product(range(count), repeat=2)]
     return total[order].unflatten(0, (count, count)).permute(2, 3, 0, 1)
 
@@ -85,10 +85,10 @@ def combine(
         row_factors = row_factors.to(dtype).movedim(-1, 0)[..., None, None]
     finite = torch.ones((), dtype=torch.bool, device=out.device)
     for piece, vectors, total, buffer in _pieces(inputs, base, dtype):
-        scales = factors[:, piece[0], :, piece[2]]
-        if row_factors is not None:
-            scales = scales * row_factors[:, piece[0], piece[1]]
-        for vector, factor in zip(vectors, scales):
+        for index, vector in enumerate(vectors):
+            factor = factors[index, piece[0], :, piece[2]]
+            if row_factors is not None:
+                factor = factor * row_factors[index, piece[0], piece[1]]
             if total is None:
                 total = torch.mul(vector, factor, out=buffer)
             else:
@@ -105,10 +105,11 @@ def _pieces(
 ) -> Iterator[tuple]:
     """Parts of the view: where, vectors, base, and a buffer for what is worked out.
 
+    That is the base's own, if there is one: fewer buffers leave more to each.
     What autograd records it keeps: that is one piece, and no buffers.
     """
     operands = list(inputs) if base is None else [*inputs, base]
-    first, count, recorded = inputs[0], len(operands) + 1, is_recorded(operands)
+    first, count, recorded = inputs[0], len(inputs) + 1, is_recorded(operands)
     memory = _BYTES_CPU if first.device.type == "cpu" else _BYTES_ELSEWHERE
     most = min(first.numel(), max(1, memory // dtype.itemsize // count))
     if recorded:
