@@ -36,8 +36,8 @@ def table(elements: int = 2**28) -> None:
         "vectors | result | mergekit | plugin | plugin, portable "
         "| mergekit, beside the result | plugin, beside it | portable, beside it "
         "| plugin's in large pages",
-        "MiB added to the peak of the process by one merge, the result included. The "
-        "native pass asks for large pages, of 2 MiB, where a page is all result.",
+        "MiB added to the peak of the process by one merge, the result included. Linux "
+        "is asked for large pages, of 2 MiB, where a page is all result.",
     )
     for granularity in ALL_GRANULARITIES:
         added, beside, large = [], [], ""

@@ -214,7 +214,7 @@ def merge_batch(
     if compared:
         vectors = sum(counts) + matrices
     linear = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
-    result = torch.empty(views[0].shape, dtype=dtype, device=shares.device)
+    result = passes.new_result(views[0].shape, dtype, shares.device)
     for group in _groups(views, len(tensors), batch, all_at_once=compared):
         if compared:
             tables, fits = means.compare(levels, matrices, contrast, linear)

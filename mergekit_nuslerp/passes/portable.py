@@ -17,7 +17,7 @@ from mergekit_nuslerp.granularity import pieces
 
 # Memory for a piece. On a CPU it should stay in the cache; elsewhere work on a piece
 # must take longer than starting it.
-_BYTES_CPU = 6 * 2**20
+_BYTES_CPU = 4 * 2**20
 _BYTES_ELSEWHERE = 128 * 2**20
 
 
