@@ -236,13 +236,23 @@ template <Index BYTES> INLINE void step(Job& job, const Block& block, double* to
 using Step = void(Job&, const Block&, double*);
 void step_16(Job& job, const Block& block, double* to) { step<16>(job, block, to); }
 #ifdef __x86_64__
-#define CONVERT(From, To, EIGHT) template <> __attribute__((target("avx,f16c"))) \
-  Index convert<true>(const From* from, To* to, Index count) { \
-    Index k = 0; for (; k + 8 <= count; k += 8) EIGHT; return k; }
-CONVERT(Float16, float, _mm256_storeu_ps(to + k, _mm256_cvtph_ps(
-    _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k)))))
-CONVERT(float, Float16, _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k),
-    _mm256_cvtps_ph(_mm256_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT)))
+#define F16C template <> __attribute__((target("avx,f16c"))) Index convert<true>
+F16C(const Float16* from, float* to, Index count) {
+  Index k = 0;
+  for (; k + 8 <= count; k += 8) {
+    auto eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
+    _mm256_storeu_ps(to + k, _mm256_cvtph_ps(eight));
+  }
+  return k;
+}
+F16C(const float* from, Float16* to, Index count) {
+  Index k = 0;
+  for (; k + 8 <= count; k += 8) {
+    auto eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), eight);
+  }
+  return k;
+}
 #define HAS(feature) __builtin_cpu_supports(feature)
 __attribute__((target("avx2,fma,bmi2")))
 void step_32(Job& job, const Block& block, double* to) { step<32>(job, block, to); }
