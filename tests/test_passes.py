@@ -315,7 +315,7 @@ def test_what_is_beyond_the_largest_number_is_reported(one_pass, dtype, layout):
 
 
 @pytest.mark.parametrize("place", [0, 2**20, -1])
-def test_it_is_reported_wherever_it_is(one_pass, place):
+def test_a_result_that_is_infinite_is_reported_wherever_it_is(one_pass, place):
     """Of a view that is worked on in several parts."""
     ones = torch.ones(1, 2**11, 1, 2**10, dtype=torch.bfloat16)
     factors, out = torch.full((1, 1, 1), 2.0, dtype=torch.float64), ones.clone()

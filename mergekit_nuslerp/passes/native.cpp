@@ -31,7 +31,7 @@ constexpr Index BLOCK = 1 << 16;       // elements of a block along memory
 constexpr Index PARTS = 64;            // blocks of a job across memory, at least
 
 INLINE Index ceil(Index a, Index b) { return (a + b - 1) / b; }
-template <Bits EXPONENT> struct Half { std::uint16_t bits; };  // that of infinity
+template <Bits EXPONENT> struct Half { std::uint16_t bits; };  // infinity's
 using BFloat16 = Half<0x7f80>; using Float16 = Half<0x7c00>;
 template <class To, class From>
 INLINE To bits_as(From from) { To to; return __builtin_memcpy(&to, &from, 4), to; }
